@@ -1,0 +1,40 @@
+"""diffusers_offload: run a diffusion pipeline far larger than the device's memory, equal to the bit.
+
+`import diffusers_offload` gives every `DiffusionPipeline` the method `enable_block_offload()`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._install import install, uninstall
+
+if TYPE_CHECKING:
+    from .handle import OffloadHandle
+    from .pipeline import enable_block_offload
+    from .planner import Plan
+    from .policy import OffloadPolicy
+    from .report import Report
+
+__version__ = "0.1.0"
+__all__ = ["OffloadHandle", "OffloadPolicy", "Plan", "Report", "enable_block_offload", "install", "uninstall"]
+
+_HOME = {
+    "OffloadHandle": "handle",
+    "OffloadPolicy": "policy",
+    "Plan": "planner",
+    "Report": "report",
+    "enable_block_offload": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded at first use: importing the package costs nothing beyond importing diffusers.
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+install()

@@ -1,0 +1,334 @@
+"""The handle of one enablement: puts components under an engine, answers for them, takes them out again."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from . import hooks, planner, slab
+from .engine import Component, Engine, Unit
+from .planner import ComponentPlan, Plan, UnitSize
+from .policy import OffloadPolicy
+from .report import GIB, Report
+from .streams import open_streams
+from .units import Anatomy, chunks, tensors_of
+from .weights import Weights
+
+logger = logging.getLogger("diffusers_offload")
+
+STEM_CHUNK = 256 * 2**20  # bytes moved at once, so that moving a large stem never doubles it
+_PROGRESS_FROM = GIB  # bytes from which on moving takes long enough to show a progress bar
+
+
+@dataclass(frozen=True)
+class Target:
+    """A component about to be offloaded, and how.
+
+    Attributes:
+        residents: which of the anatomy's blocks stay on the device, by index.
+        note: why the policy is not what the call asked for, or "".
+    """
+
+    name: str
+    module: nn.Module
+    policy: OffloadPolicy
+    anatomy: Anatomy
+    residents: frozenset[int] = frozenset()
+    note: str = ""
+
+
+class OffloadHandle:
+    """A live block offload: `plan` says what was decided, `report()` what happened, `disable()` ends it.
+
+    Several handles may share a component (pipelines made by `from_pipe`): it keeps the policy it has, and
+    gets its weights back when the last of them is disabled.
+
+    Attributes:
+        plan: the `Plan`.
+        device: where the components compute.
+    """
+
+    def __init__(self, targets: Sequence[Target], device: torch.device) -> None:
+        self.device = device
+        self.plan = make_plan(targets, device)
+        self._engine = Engine(open_streams(device))
+        self._held: dict[str, _Held] = {}
+        try:
+            self._take_in(targets)
+            self._engine.open_arena()
+        except BaseException:
+            self.disable()
+            raise
+        _live.add(self)
+
+    def __repr__(self) -> str:
+        return f"OffloadHandle(device={str(self.device)!r}, components={list(self._held)})"
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The modules that this handle offloads, by name."""
+        return {name: held.module for name, held in self._held.items()}
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self._held)
+
+    def report(self) -> Report:
+        """What was moved so far, and what is held where; waits for the device if times were measured."""
+        counters = self._engine.counters
+        transfer, stall = counters.times()
+        units = [unit for component in self._engine.components for unit in component.units]
+        hosts = [unit.weights.host for unit in units if unit.weights.host is not None]
+        arena = self._engine.arena
+        return Report(
+            forwards=counters.forwards,
+            uses=counters.uses,
+            misses=counters.misses,
+            loads=counters.loads,
+            bytes_loaded=counters.bytes_loaded,
+            write_backs=counters.write_backs,
+            transfer_ms=transfer,
+            stall_ms=stall,
+            host_bytes=sum(host.bytes.numel() for host in hosts),
+            pinned_bytes=sum(host.bytes.numel() for host in hosts if host.pinned),
+            arena_bytes=arena.numel() if arena is not None else 0,
+            resident_bytes=sum(unit.nbytes for c in self._engine.components for unit in c.residents),
+        )
+
+    def reset(self) -> None:
+        """Count from zero again."""
+        self._engine.counters.reset()
+
+    @contextmanager
+    def measured(self) -> Iterator[OffloadHandle]:
+        """Within, copies and waits are timed by device events, so that the report knows what was hidden."""
+        self._engine.counters.timing = True
+        try:
+            yield self
+        finally:
+            self._engine.counters.timing = False
+
+    def call_ended(self) -> None:
+        """A call of the pipeline is over: stems and whole components leave the device."""
+        for engine in {held.engine for held in self._held.values()}:
+            engine.call_ended()
+
+    def disable(self) -> None:
+        """Give every component its weights back, on the devices they came from, and free all memory."""
+        for name in list(self._held):
+            held = self._held.pop(name)
+            held.owners.discard(self)
+            if not held.owners:
+                held.release()
+        self._engine.streams.synchronize()
+        self._engine.streams.empty_cache()
+        _live.discard(self)
+
+    # --- taking components in -------------------------------------------------------------------------
+
+    def _take_in(self, targets: Sequence[Target]) -> None:
+        moved = sum(c.stem_bytes + c.streamed_bytes + c.resident_bytes for c in self.plan.components)
+        with tqdm(
+            total=moved,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            desc="Preparing block offload",
+            disable=moved < _PROGRESS_FROM or None,
+        ) as bar:
+            owners: dict[int, Component] = {}
+            for target in targets:
+                shared = _find_held(target.module)
+                if shared is not None:
+                    shared.owners.add(self)
+                    self._held[target.name] = shared
+                    continue
+                component = _component(target, owners)
+                held = _Held(target.module, component, self._engine)
+                held.owners.add(self)
+                self._held[target.name] = held
+                for unit in self._engine.adopt(component):
+                    bar.update(unit.nbytes)
+                held.attach()
+
+
+class _Held:
+    """A component under an engine, the hooks that put it there, and the handles that want it there."""
+
+    def __init__(self, module: nn.Module, component: Component, engine: Engine) -> None:
+        self.module = module
+        self.component = component
+        self.engine = engine
+        self.owners: set[OffloadHandle] = set()
+        self._hooks: list[tuple[nn.Module, hooks.EngineHook]] = []
+
+    def attach(self) -> None:
+        root = hooks.ComponentHook(self.engine, self.component, self)
+        self._add(self.module, root)
+        units = [unit for unit in self.component.streamed if unit.module is not None]
+        for unit in units:
+            self._add(unit.module, hooks.UnitHook(self.engine, unit))
+        stem = {id(tensor) for unit in self.component.stem for tensor in unit.weights.tensors}
+        for part in self.module.modules():
+            own = (*part._parameters.values(), *part._buffers.values())
+            if part is not self.module and any(id(tensor) in stem for tensor in own):
+                self._add(part, hooks.StemHook(self.engine, self.component))
+        self.module.to = self._guarded_to()
+
+    def release(self) -> None:
+        """Take the component's own hook off, and with it everything else."""
+        for module, hook in self._hooks[:1]:
+            hooks.detach(module, hook)
+        self.restore()  # for a component that never got its hook, because taking it in failed half way
+
+    def restore(self) -> None:
+        """The component's own hook is gone: take the others off, give the weights back."""
+        self.engine.release_component(self.component)
+        self.module.__dict__.pop("to", None)
+        attached, self._hooks = self._hooks, []
+        for module, hook in attached:
+            if not isinstance(hook, hooks.ComponentHook):
+                hooks.detach(module, hook)
+        for handle in self.owners:
+            handle._held = {name: held for name, held in handle._held.items() if held is not self}
+        self.owners.clear()
+
+    def _add(self, module: nn.Module, hook: hooks.EngineHook) -> None:
+        hooks.attach(module, hook)
+        self._hooks.append((module, hook))
+
+    def _guarded_to(self) -> Any:
+        """`module.to` that keeps the device ours and lets dtype and memory format through."""
+        original, component = self.module.to, self.component
+
+        @wraps(original)
+        def to(*args: Any, **kwargs: Any) -> nn.Module:
+            device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+            if device is not None and device != self.engine.device:
+                logger.warning(
+                    "%s is offloaded block by block: .to(%r) leaves it where it is. "
+                    "Call pipe.disable_block_offload() first to move it.",
+                    component.name,
+                    str(device),
+                )
+            elif device is not None and self.engine.streams.asynchronous:
+                logger.warning(
+                    "%s is offloaded block by block and comes to %s when it runs: .to(%r) changes nothing.",
+                    component.name,
+                    self.engine.device,
+                    str(device),
+                )
+            changes = {}
+            if dtype is not None:
+                changes["dtype"] = dtype
+            if memory_format is not None:
+                changes["memory_format"] = memory_format
+            if changes:
+                with self.engine.edit(component):
+                    original(**changes)
+            return self.module
+
+        return to
+
+
+_live: weakref.WeakSet[OffloadHandle] = weakref.WeakSet()
+
+
+def live_handles() -> list[OffloadHandle]:
+    """Every handle that is enabled now."""
+    return list(_live)
+
+
+def _find_held(module: nn.Module) -> _Held | None:
+    hook = hooks.find(module, hooks.ComponentHook)
+    return hook.held if hook is not None else None
+
+
+def held_policy(module: nn.Module) -> tuple[OffloadHandle, ComponentPlan] | None:
+    """The handle that offloads `module` already, and its plan for it."""
+    held = _find_held(module)
+    for handle in held.owners if held is not None else ():
+        for plan in handle.plan.components:
+            if handle._held.get(plan.name) is held:
+                return handle, plan
+    return None
+
+
+def make_plan(targets: Sequence[Target], device: torch.device) -> Plan:
+    """What `targets` come to: sizes in bytes, one arena for all."""
+    plans = []
+    for target in targets:
+        sizes = [UnitSize(b.name, slab.lay_out(b.tensors).nbytes) for b in target.anatomy.blocks]
+        stem = sum(slab.lay_out(group).nbytes for group in chunks(target.anatomy.stem, STEM_CHUNK))
+        stays = target.policy.granularity == "resident"
+        residents = [sizes[i] for i in sorted(target.residents)]
+        if stays:
+            residents = [UnitSize("stem", stem), *sizes]
+        elif target.policy.granularity == "model":
+            stem += sum(size.nbytes for size in sizes)
+        plans.append(
+            ComponentPlan(
+                name=target.name,
+                policy=target.policy,
+                streamed=tuple(size for i, size in enumerate(sizes) if i not in target.residents)
+                if target.policy.granularity == "block"
+                else (),
+                residents=tuple(residents),
+                stem_bytes=0 if stays else stem,
+                note=target.note,
+            )
+        )
+    arena = planner.arena_bytes([[unit.nbytes for unit in plan.streamed] for plan in plans])
+    return Plan(str(device), tuple(plans), arena)
+
+
+def why_not(name: str, module: nn.Module) -> str | None:
+    """Why the weights of component `name` cannot be moved, or None if they can."""
+    for path, tensor in (*module.named_parameters(), *module.named_buffers()):
+        reason = slab.why_not(tensor)
+        if reason is not None:
+            return f"{name}.{path} {reason}"
+    return None
+
+
+def _component(target: Target, owners: dict[int, Component]) -> Component:
+    """Build the component's units; tensors that an earlier component owns stay with that one.
+
+    Args:
+        owners: which component owns a tensor, by the tensor's id; added to.
+    """
+    component = Component(target.name, target.module)
+    everything = tensors_of(target.module)
+    for tensor in everything:
+        owner = owners.setdefault(id(tensor), component)
+        if owner is not component and owner not in component.needs:
+            component.needs.append(owner)
+
+    def own(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [tensor for tensor in tensors if owners[id(tensor)] is component]
+
+    def parts(tensors: Sequence[torch.Tensor]) -> list[Unit]:
+        groups = chunks(own(tensors), STEM_CHUNK)
+        return [Unit(f"stem.{i}", None, Weights(group)) for i, group in enumerate(groups)]
+
+    if target.policy.granularity == "resident":
+        component.residents = parts(everything)
+    elif target.policy.granularity == "model":
+        component.stem = parts(everything)
+    else:
+        component.stem = parts(target.anatomy.stem)
+        for index, block in enumerate(target.anatomy.blocks):
+            tensors = own(block.tensors)
+            if tensors:
+                unit = Unit(block.name, block.module, Weights(tensors))
+                (component.residents if index in target.residents else component.streamed).append(unit)
+    return component

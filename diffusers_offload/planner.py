@@ -1,0 +1,107 @@
+"""From sizes and policies to a plan: who is resident, who streams, how large the arena is. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from . import arena
+from .policy import OffloadPolicy
+from .report import GIB, table
+
+
+@dataclass(frozen=True)
+class UnitSize:
+    """A unit by name and its bytes."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """What becomes of one component; sizes in bytes.
+
+    Attributes:
+        streamed: units that take turns in the arena, in declared order.
+        residents: units that stay on the device.
+        stem_bytes: what comes when the component runs and leaves afterwards; all of it under "model".
+        note: why the plan is not what the call asked for, or "".
+    """
+
+    name: str
+    policy: OffloadPolicy
+    streamed: tuple[UnitSize, ...]
+    residents: tuple[UnitSize, ...]
+    stem_bytes: int
+    note: str = ""
+
+    @property
+    def streamed_bytes(self) -> int:
+        return sum(unit.nbytes for unit in self.streamed)
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(unit.nbytes for unit in self.residents)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a pipeline: one plan per component, and the arena that they share."""
+
+    device: str
+    components: tuple[ComponentPlan, ...]
+    arena_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        """Most bytes of weights on the device at once, where no two components alternate."""
+        stems = max((c.stem_bytes for c in self.components), default=0)
+        return self.arena_bytes + stems + sum(c.resident_bytes for c in self.components)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(c.streamed_bytes + c.stem_bytes for c in self.components)
+
+    def __str__(self) -> str:
+        header = ("component", "policy", "streams", "stays", "comes and goes")
+        rows = [
+            (
+                component.name,
+                component.policy.granularity,
+                f"{len(component.streamed)} x, {component.streamed_bytes / GIB:.3f} GiB",
+                f"{len(component.residents)} x, {component.resident_bytes / GIB:.3f} GiB",
+                f"{component.stem_bytes / GIB:.3f} GiB",
+            )
+            for component in self.components
+        ]
+        return (
+            f"{table(header, rows)}\n"
+            f"arena {self.arena_bytes / GIB:.3f} GiB; weights on {self.device} at most "
+            f"{self.device_bytes / GIB:.3f} GiB, on the host {self.host_bytes / GIB:.3f} GiB"
+        )
+
+
+def choose_residents(sizes: Sequence[int], ratio: float) -> set[int]:
+    """Which units stay so that at most `ratio` of the bytes stream, spread evenly by bytes over the order.
+
+    Spreading keeps the transfers from bunching: between two streamed units lies about the same amount
+    of computing everywhere (compare Bresenham's line). The units that stream never exceed `ratio`.
+
+    Args:
+        sizes: bytes of each unit, in order of use.
+        ratio: share of the bytes that streams, 0.0 to 1.0.
+    """
+    stay, streamed, passed = set(), 0, 0
+    for unit, size in enumerate(sizes):
+        passed += size
+        if streamed + size <= ratio * passed * (1 + 1e-12):
+            streamed += size
+        else:
+            stay.add(unit)
+    return stay
+
+
+def arena_bytes(components: Sequence[Sequence[int]]) -> int:
+    """Bytes of an arena in which any two units of one component fit, for the most demanding component."""
+    return max((arena.capacity_for(sizes) for sizes in components), default=0)

@@ -1,0 +1,117 @@
+"""What the user asks for: an `OffloadPolicy` per component, checked before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+GRANULARITIES = ("resident", "model", "block")
+
+
+@dataclass(frozen=True)
+class OffloadPolicy:
+    """How one component is offloaded.
+
+    Args:
+        granularity: "resident" keeps the component on the device, "model" brings it as a whole when it
+            runs and sends it away afterwards, "block" streams its blocks one after the other.
+        ratio: share of the blocks' bytes that streams, 0.0 to 1.0; the rest stays on the device, spread
+            evenly over the order. Only with "block".
+
+    Raises:
+        ValueError: an unknown granularity, a ratio outside 0-1 or one that has no blocks to go with.
+    """
+
+    granularity: str = "block"
+    ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(
+                f"granularity={self.granularity!r} is not known; use one of {', '.join(map(repr, GRANULARITIES))}"
+            )
+        object.__setattr__(self, "ratio", check_ratio("ratio", self.ratio))
+        if self.ratio != 1.0 and self.granularity != "block":
+            raise ValueError(
+                f"ratio={self.ratio} goes with granularity='block', not {self.granularity!r}: leave it out"
+            )
+
+
+def check_ratio(name: str, value: float) -> float:
+    """`value` as a float between 0.0 and 1.0; `name` is what the message calls it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(
+            f"{name}={value!r} is not a number; use one between 0.0 (all stays) and 1.0 (all streams)"
+        )
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(
+            f"{name}={value!r} is outside 0.0-1.0; 0.0 keeps every block on the device, 1.0 none"
+        )
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `enable_block_offload`: the policy of every component, and which were asked for by name."""
+
+    default: OffloadPolicy
+    by_name: Mapping[str, OffloadPolicy]
+
+    def policy_for(self, component: str) -> OffloadPolicy:
+        return self.by_name.get(component, self.default)
+
+
+def parse_request(
+    offload_granularity: str,
+    offload_ratio: float | None,
+    components: Mapping[str, str | OffloadPolicy] | None,
+    known: tuple[str, ...],
+) -> Request:
+    """Turn the arguments of `enable_block_offload` into a `Request`.
+
+    Args:
+        known: names of the pipeline's components that are modules.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it, its value and what to write instead.
+    """
+    if offload_granularity not in GRANULARITIES:
+        raise ValueError(
+            f"offload_granularity={offload_granularity!r} is not known; "
+            f"use one of {', '.join(map(repr, GRANULARITIES))}"
+        )
+    default = OffloadPolicy(granularity=offload_granularity)
+    ratio = None
+    if offload_ratio is not None:
+        ratio = check_ratio("offload_ratio", offload_ratio)
+        if offload_granularity == "block":
+            default = replace(default, ratio=ratio)
+        elif ratio != 1.0:
+            raise ValueError(
+                f"offload_ratio={offload_ratio} goes with offload_granularity='block', "
+                f"not {offload_granularity!r}: leave it out"
+            )
+    if components is not None and not isinstance(components, Mapping):
+        raise ValueError(
+            f"components={components!r} is not a mapping; use e.g. components={{'vae': 'resident'}}"
+        )
+    by_name = {}
+    for name, wanted in (components or {}).items():
+        if name not in known:
+            raise ValueError(
+                f"components names {name!r}, which this pipeline does not have; "
+                f"its components are {', '.join(map(repr, known)) or 'none'}"
+            )
+        by_name[name] = _parse_policy(name, wanted, ratio)
+    return Request(default, by_name)
+
+
+def _parse_policy(name: str, wanted: str | OffloadPolicy, ratio: float | None) -> OffloadPolicy:
+    if isinstance(wanted, OffloadPolicy):
+        return wanted
+    if not isinstance(wanted, str) or wanted not in GRANULARITIES:
+        raise ValueError(
+            f"components[{name!r}]={wanted!r} is not known; use an OffloadPolicy "
+            f"or one of {', '.join(map(repr, GRANULARITIES))}"
+        )
+    return OffloadPolicy(wanted, 1.0 if ratio is None or wanted != "block" else ratio)

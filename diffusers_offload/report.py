@@ -1,0 +1,142 @@
+"""What the engine counted, and how it reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine import Unit
+    from .streams import Streams
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Report:
+    """One enablement in numbers, counted since it began or since `reset()`.
+
+    Attributes:
+        forwards: component forwards.
+        uses: forwards of streamed units.
+        misses: those whose load had not been queued before (the first pass has some).
+        loads: units and stems copied to the device; `bytes_loaded` in bytes.
+        write_backs: tensors copied to the host because a forward wrote to them.
+        transfer_ms: device time of the copies that were timed (`measured()`), None if none were.
+        stall_ms: device time that units waited for their copy, None likewise.
+        host_bytes: bytes of host memory that hold weights; `pinned_bytes` of them are pinned.
+        arena_bytes: bytes of the arena; `resident_bytes` those of weights that stay on the device.
+    """
+
+    forwards: int
+    uses: int
+    misses: int
+    loads: int
+    bytes_loaded: int
+    write_backs: int
+    transfer_ms: float | None
+    stall_ms: float | None
+    host_bytes: int
+    pinned_bytes: int
+    arena_bytes: int
+    resident_bytes: int
+
+    @property
+    def hidden(self) -> float | None:
+        """Share of the transfer time that computing covered, 0.0 to 1.0; None where nothing was timed."""
+        if not self.transfer_ms:
+            return None
+        return max(0.0, 1.0 - self.stall_ms / self.transfer_ms)
+
+    def rows(self) -> list[tuple[str, str]]:
+        rows = [
+            ("forwards", f"{self.forwards}"),
+            ("unit uses", f"{self.uses}"),
+            ("misses", f"{self.misses}"),
+            ("moved to the device", f"{self.bytes_loaded / GIB:.3f} GiB in {self.loads} loads"),
+            ("written back", f"{self.write_backs} tensors"),
+            ("host memory", f"{self.host_bytes / GIB:.3f} GiB ({self.pinned_bytes / GIB:.3f} pinned)"),
+            ("arena", f"{self.arena_bytes / GIB:.3f} GiB"),
+            ("resident", f"{self.resident_bytes / GIB:.3f} GiB"),
+        ]
+        if self.hidden is not None:
+            rows.append(
+                (
+                    "transfer hidden",
+                    f"{self.hidden:.1%} (waited {self.stall_ms:.1f} of {self.transfer_ms:.1f} ms)",
+                )
+            )
+        return rows
+
+    def __str__(self) -> str:
+        return table(("offload", ""), self.rows())
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Rows of text in aligned columns; all but the first column flush right."""
+    lines = [header, *rows]
+    widths = [max(len(str(line[i])) for line in lines) for i in range(len(header))]
+
+    def text(line: tuple[str, ...]) -> str:
+        cells = [str(line[0]).ljust(widths[0])]
+        cells += [str(cell).rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([text(header), "  ".join("-" * width for width in widths), *map(text, rows)])
+
+
+@dataclass
+class Counters:
+    """What the engine counts while it runs; times only while `timing` is on."""
+
+    forwards: int = 0
+    uses: int = 0
+    misses: int = 0
+    loads: int = 0
+    bytes_loaded: int = 0
+    write_backs: int = 0
+    timing: bool = False
+    streams: Streams | None = None
+    _copies: list[tuple[Any, Any]] = field(default_factory=list)  # (copy begins, copy ends)
+    _waits: list[tuple[Any, Any]] = field(default_factory=list)  # (unit wants to begin, copy ends)
+    _ends: dict[Unit, Any] = field(default_factory=dict)
+
+    def reset(self) -> None:
+        """Count from zero again."""
+        for counted in ("forwards", "uses", "misses", "loads", "bytes_loaded", "write_backs"):
+            setattr(self, counted, 0)
+        for timed in (self._copies, self._waits, self._ends):
+            timed.clear()
+
+    def depart(self, unit: Unit, stream: Any) -> None:
+        """The copy of `unit` is about to be queued on `stream`."""
+        if self.timing:
+            begin = self.streams.event(timing=True)
+            begin.record(stream)
+            self._copies.append((begin, None))
+
+    def loaded(self, unit: Unit, stream: Any) -> None:
+        """The copy of `unit` is queued on `stream`."""
+        self.loads += 1
+        self.bytes_loaded += unit.nbytes
+        if self.timing:
+            end = self.streams.event(timing=True)
+            end.record(stream)
+            self._copies[-1] = (self._copies[-1][0], end)
+            self._ends[unit] = end
+
+    def arrive(self, unit: Unit, stream: Any) -> None:
+        """`stream` is about to wait for `unit`."""
+        if self.timing and unit in self._ends:
+            arrival = self.streams.event(timing=True)
+            arrival.record(stream)
+            self._waits.append((arrival, self._ends.pop(unit)))
+
+    def times(self) -> tuple[float | None, float | None]:
+        """(transfer, stall) in milliseconds of device time; waits for the device."""
+        if not self._copies:
+            return None, None
+        self.streams.synchronize()
+        transfer = sum(begin.elapsed_time(end) for begin, end in self._copies)
+        stall = sum(max(0.0, arrival.elapsed_time(end)) for arrival, end in self._waits)
+        return transfer, stall

@@ -1,0 +1,156 @@
+"""The three prioritized streams (compute, load, evict) of one device, and their events.
+
+Everything goes through `torch.get_device_module`, so CUDA, NPU and XPU share one class. On the CPU work
+is done the moment it is asked for, so its streams and events have nothing to order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Lower is more urgent. A device that knows fewer levels clamps them, or ignores them (NPU).
+COMPUTE_PRIORITY, LOAD_PRIORITY, EVICT_PRIORITY = -1, 0, 0
+
+
+class DeviceStreams:
+    """Three streams of one accelerator.
+
+    Args:
+        device: the accelerator, with an index.
+    """
+
+    asynchronous = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._module = torch.get_device_module(device)
+        self.compute = self._module.Stream(device=device, priority=COMPUTE_PRIORITY)
+        self.load = self._module.Stream(device=device, priority=LOAD_PRIORITY)
+        self.evict = self._module.Stream(device=device, priority=EVICT_PRIORITY)
+
+    def current(self) -> Any:
+        """The stream that the caller's work on this device is queued on."""
+        return self._module.current_stream(self.device)
+
+    def event(self, timing: bool = False) -> Any:
+        return self._module.Event(enable_timing=True) if timing else self._module.Event()
+
+    def switch(self, stream: Any) -> tuple[Any, int]:
+        """Make `stream` current; returns what `restore` needs to undo it."""
+        before = (self._module.current_stream(self.device), self._module.current_device())
+        self._module.set_stream(stream)
+        return before
+
+    def restore(self, before: tuple[Any, int]) -> None:
+        stream, device_index = before
+        self._module.set_stream(stream)  # this makes the stream's device current, too
+        if device_index != self.device.index:
+            self._module.set_device(device_index)
+
+    def synchronize(self) -> None:
+        self._module.synchronize(self.device)
+
+    def empty_cache(self) -> None:
+        """Give freed device memory back, so that the next component finds it whatever stream it uses."""
+        self._module.empty_cache()
+
+
+class InlineEvent:
+    """An event on the CPU: everything before it has happened already."""
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, later: InlineEvent) -> float:
+        return 0.0
+
+
+class InlineStream:
+    """A stream on the CPU: work runs when it is asked for, so there is nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+
+class InlineStreams:
+    """The CPU as device: the same interface as `DeviceStreams`, and nothing to order."""
+
+    asynchronous = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.compute = self.load = self.evict = InlineStream()
+
+    def current(self) -> InlineStream:
+        return self.compute
+
+    def event(self, timing: bool = False) -> InlineEvent:
+        return InlineEvent()
+
+    def switch(self, stream: InlineStream) -> None: ...
+
+    def restore(self, before: None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+
+Streams = DeviceStreams | InlineStreams
+
+
+def open_streams(device: torch.device) -> Streams:
+    """Streams for `device`; inline ones for the CPU."""
+    return InlineStreams(device) if device.type == "cpu" else DeviceStreams(device)
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device to run on, with its index.
+
+    Args:
+        device: a name such as "cuda", "npu:1" or "cpu"; None takes the accelerator of this machine, or
+            the CPU where there is none.
+
+    Raises:
+        ValueError: `device` is no device's name.
+        RuntimeError: the accelerator asked for is not there.
+    """
+    if device is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        usable = found is not None and _count(found.type) > 0
+        device = found if usable else "cpu"
+    name = str(device).partition(":")[0]
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        if name == "npu":
+            raise RuntimeError(f"device={device!r} is not there: install torch_npu and import it") from error
+        raise ValueError(
+            f"device={device!r} is not a device; use 'cuda', 'npu', 'xpu' (with an index if you like) or 'cpu'"
+        ) from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = _count(device.type)
+    if (device.index or 0) >= count:
+        raise RuntimeError(
+            f"device={str(device)!r} is not there: this machine has {count} {device.type} device(s) with streams; "
+            "leave `device` out to use what the machine has, or pass device='cpu'"
+        )
+    index = torch.get_device_module(device).current_device() if device.index is None else device.index
+    return torch.device(device.type, index)
+
+
+def _count(kind: str) -> int:
+    """How many devices of this kind there are that copy and compute on streams."""
+    try:
+        module = torch.get_device_module(kind)
+        return module.device_count() if module.is_available() and hasattr(module, "Stream") else 0
+    except (RuntimeError, AttributeError):
+        return 0

@@ -1,0 +1,1 @@
+"""Where a unit's weights live while they are not on the device."""

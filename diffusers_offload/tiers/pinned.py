@@ -1,0 +1,133 @@
+"""The pinned tier: units in ordinary host memory, registered with the device at its exact size.
+
+torch's pinned allocator rounds a request up to a power of two, which can double the host memory; so
+memory is mapped here and registered with `cudaHostRegister`. Where registering is refused, memory stays
+pageable and travels through a small pinned staging buffer: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from ..slab import align
+from ..streams import Streams
+
+logger = logging.getLogger("diffusers_offload")
+
+STAGING_BYTES = 16 * 2**20  # one piece on its way while the next is filled: 55 GB/s need >= 16 MiB a copy
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
+
+
+class _Mapping(mmap.mmap):
+    """Anonymous private memory that unregisters itself from the device before it is unmapped."""
+
+    registered_at: int | None = None
+
+    def __del__(self) -> None:
+        if self.registered_at is not None and not sys.is_finalizing():
+            torch.cuda.cudart().cudaHostUnregister(self.registered_at)
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes on the host: `bytes` is a uint8 tensor; `pinned` tells whether copies from it run alone."""
+
+    bytes: torch.Tensor
+    pinned: bool
+
+
+class PinnedTier:
+    """Allocates host memory for one device and copies from it.
+
+    Args:
+        streams: the device's streams; nothing is pinned for the CPU.
+    """
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._pins = streams.asynchronous
+        self._staging: list[tuple[torch.Tensor, object]] = []
+
+    def allocate(self, nbytes: int) -> HostMemory:
+        """Host memory of `nbytes`, pinned if the device allows it."""
+        if self._pins and self._streams.device.type != "cuda":
+            return self._allocate_by_torch(nbytes)
+        mapping, memory = _map(nbytes)
+        pinned = self._pins and self._register(mapping, memory)
+        return HostMemory(memory, pinned)
+
+    def load(self, source: HostMemory, destination: torch.Tensor) -> None:
+        """Queue the copy of `source` to `destination` (uint8, same length) on the current stream."""
+        if source.pinned or not self._streams.asynchronous:
+            destination.copy_(source.bytes, non_blocking=True)
+        else:
+            self._load_staged(source.bytes, destination)
+
+    def _allocate_by_torch(self, nbytes: int) -> HostMemory:
+        # No other device lets ordinary memory be registered; its pinned allocator may round the size up.
+        try:
+            return HostMemory(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), True)
+        except RuntimeError as error:
+            self._give_up(error)
+            return HostMemory(_map(nbytes)[1], False)
+
+    def _register(self, mapping: _Mapping, memory: torch.Tensor) -> bool:
+        with torch.cuda.device(self._streams.device):
+            error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), len(mapping), _PORTABLE)
+            if int(error) == 0:
+                mapping.registered_at = memory.data_ptr()
+                return True
+            try:  # CUDA keeps the error until somebody asks: let that be us, not the user's next kernel
+                torch.zeros(1, device=self._streams.device)
+            except RuntimeError:
+                pass
+        self._give_up(error)
+        return False
+
+    def _give_up(self, reason: object) -> None:
+        """From now on memory stays pageable: said once, since every later request would fail as well."""
+        self._pins = False
+        logger.warning(
+            "host memory could not be pinned (%s): copying through a staging buffer of %d MiB instead, which "
+            "is slower. Raise the limit on locked memory, or close programs that pin memory.",
+            reason,
+            2 * STAGING_BYTES // 2**20,
+        )
+
+    def _load_staged(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        if not self._staging:
+            try:
+                buffers = [torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            except RuntimeError:  # not even this much: the driver's own staging, which blocks the host
+                destination.copy_(source)
+                return
+            self._staging = [(buffer, self._streams.event()) for buffer in buffers]
+        stream = self._streams.current()
+        for turn, start in enumerate(range(0, source.numel(), STAGING_BYTES)):
+            buffer, copied = self._staging[turn % 2]
+            copied.synchronize()  # the device has read what this buffer held before
+            piece = source[start : start + STAGING_BYTES]
+            staged = buffer[: piece.numel()]
+            staged.copy_(piece)
+            destination[start : start + piece.numel()].copy_(staged, non_blocking=True)
+            copied.record(stream)
+
+
+def _map(nbytes: int) -> tuple[_Mapping, torch.Tensor]:
+    length = align(max(nbytes, 1), mmap.PAGESIZE)
+    if hasattr(mmap, "MAP_PRIVATE"):
+        mapping = _Mapping(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        mapping = _Mapping(-1, length)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:  # 512 times fewer page faults while the weights move in
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass
+    with torch.inference_mode(False):
+        return mapping, torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]

@@ -1,0 +1,98 @@
+"""The tensors of one unit, and which bytes they are bound to: the host's, the device's, or their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from . import slab
+from .tiers.pinned import HostMemory, PinnedTier
+
+
+class Weights:
+    """Parameters and buffers that move as a whole.
+
+    The tensors themselves are never replaced, only what they point at (`tensor.data`), so whoever holds
+    one sees true values at any time: on the host while offloaded, on the device while bound.
+
+    Args:
+        tensors: distinct tensors, of any dtype and stride.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.tensors = list(tensors)
+        self.layout = slab.lay_out(self.tensors)
+        self.host: HostMemory | None = None
+        self.moved = False
+        self.origin = [tensor.device for tensor in self.tensors]
+        self._host_views: list[torch.Tensor] = []
+        self._device_views: list[torch.Tensor] = []
+        self._placed_at: int | None = None
+        self._versions: list[int | None] = []
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+    def move_to_host(self, tier: PinnedTier) -> None:
+        """Copy the tensors from where they are into one slab of `tier` and let go of where they were."""
+        host = tier.allocate(self.nbytes)
+        slab.gather(self.layout, self.tensors, host.bytes)
+        self.host, self.moved = host, True
+        self._host_views = slab.views(self.layout, host.bytes)
+        self._point_at(self._host_views)
+
+    def move_to_device(self, buffer: torch.Tensor) -> None:
+        """Copy the tensors from where they are into `buffer` and stay there; the host keeps nothing."""
+        slab.gather(self.layout, self.tensors, buffer)
+        self.place(buffer)
+        self._point_at(self._device_views)
+        self.moved = True
+
+    def place(self, buffer: torch.Tensor | None) -> None:
+        """From now on `bind` points the tensors into `buffer` (uint8, on the device); None: nowhere."""
+        address = buffer.data_ptr() if buffer is not None else None
+        if address != self._placed_at:  # a unit that returns to its home finds its views there
+            self._device_views = slab.views(self.layout, buffer) if buffer is not None else []
+            self._placed_at = address
+
+    def bind(self) -> None:
+        """Point the tensors at the device bytes."""
+        self._point_at(self._device_views)
+        self._versions = [_version(tensor) for tensor in self.tensors]
+
+    def unbind(self) -> list[int]:
+        """Point the tensors at the host bytes; returns which of them were written to while bound."""
+        changed = [i for i, tensor in enumerate(self.tensors) if _version(tensor) != self._versions[i]]
+        self._point_at(self._host_views)
+        return changed
+
+    def write_back(self, changed: Sequence[int]) -> None:
+        """Queue, on the current stream, the copies of `changed` from the device to the host."""
+        for i in changed:
+            self._host_views[i].copy_(self._device_views[i], non_blocking=True)
+
+    def is_intact(self) -> bool:
+        """Whether the unbound tensors still point at the host bytes: false after `tensor.data = ...`."""
+        return all(
+            tensor.data_ptr() == view.data_ptr()
+            for tensor, view in zip(self.tensors, self._host_views, strict=True)
+        )
+
+    def restore(self) -> None:
+        """Give the tensors storage of their own again, on the devices they came from."""
+        if self.moved:
+            self._point_at(slab.separate([tensor.data for tensor in self.tensors], self.origin))
+            self.moved = False
+        self.place(None)
+        self.host, self._host_views = None, []
+
+    def _point_at(self, views: Sequence[torch.Tensor]) -> None:
+        for tensor, view in zip(self.tensors, views, strict=True):
+            tensor.data = view
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often `tensor` was written to in place; unknown for tensors made in inference mode."""
+    return None if tensor.is_inference() else tensor._version

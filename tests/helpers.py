@@ -1,0 +1,22 @@
+"""Real pipelines with small random weights, and a run of them as one tensor."""
+
+from __future__ import annotations
+
+import torch
+
+from diffusers_offload.demo import pipelines as zoo
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    return zoo.build(name, dtype=dtype).to(device)
+
+
+def run(pipe, name: str, seed: int = 0, **changes) -> torch.Tensor:
+    """One call of the pipeline with fixed noise; its images or frames."""
+    kwargs = {**zoo.call_kwargs(name), **changes}
+    result = pipe(**kwargs, generator=torch.Generator("cpu").manual_seed(seed))
+    return zoo.output(result).cpu()
+
+
+def weights_of(module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}

@@ -1,0 +1,326 @@
+"""Enable and disable are inverse, failures leave nothing behind, and nothing is kept alive."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from helpers import build, run, weights_of
+
+import diffusers_offload
+from diffusers_offload.handle import live_handles
+
+
+def modules_of(pipe):
+    return {name: c for name, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
+
+
+def test_enable_run_disable_three_times(device):
+    pipe = build("flux", device=device)
+    expected = run(pipe, "flux")
+    pipe.to("cpu")
+    weights = {name: weights_of(module) for name, module in modules_of(pipe).items()}
+    for _ in range(3):
+        pipe.enable_block_offload(device=device)
+        assert torch.equal(run(pipe, "flux"), expected)
+        pipe.disable_block_offload()
+        assert pipe.block_offload is None
+        for name, module in modules_of(pipe).items():
+            assert not any(hasattr(part, "_hf_hook") for part in module.modules())
+            assert "forward" not in module.__dict__ or not hasattr(module, "_old_forward")
+            assert "to" not in module.__dict__
+            after = module.state_dict()
+            assert list(after) == list(weights[name])
+            assert all(torch.equal(after[key], value) for key, value in weights[name].items())
+            assert all(tensor.device.type == "cpu" for tensor in after.values())
+    assert torch.equal(run(pipe.to(device), "flux"), expected)
+
+
+def test_disable_gives_each_tensor_storage_of_its_own():
+    pipe = build("flux")
+    sizes = {n: p.untyped_storage().nbytes() for n, p in pipe.transformer.named_parameters()}
+    pipe.enable_block_offload(device="cpu")
+    pipe.disable_block_offload()
+    assert {n: p.untyped_storage().nbytes() for n, p in pipe.transformer.named_parameters()} == sizes
+
+
+def test_enable_twice_replaces_the_first():
+    pipe = build("flux")
+    expected = run(pipe, "flux")
+    pipe.enable_block_offload(device="cpu")
+    first = pipe.block_offload
+    pipe.enable_block_offload(device="cpu", offload_ratio=0.5)
+    assert pipe.block_offload is not first
+    assert not first.enabled
+    assert torch.equal(run(pipe, "flux"), expected)
+
+
+def test_parameters_keep_their_identity_and_their_values_while_offloaded():
+    pipe = build("flux")
+    expected, before = weights_of(pipe.transformer), list(pipe.transformer.parameters())
+    pipe.enable_block_offload(device="cpu")
+    run(pipe, "flux")
+    assert all(a is b for a, b in zip(before, pipe.transformer.parameters(), strict=True))
+    found = pipe.transformer.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert pipe.transformer.dtype == torch.float32
+
+
+def test_save_pretrained_while_offloaded(tmp_path, device):
+    from diffusers import DiffusionPipeline
+
+    pipe = build("flux", device=device)
+    expected = run(pipe, "flux")
+    pipe.to("cpu").enable_block_offload(device=device)
+    run(pipe, "flux")
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path).to(device)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(run(loaded, "flux"), expected)
+
+
+def test_execution_device_and_dtype_answer_correctly(device):
+    pipe = build("flux", torch.bfloat16)
+    pipe.enable_block_offload(device=device)
+    assert pipe._execution_device == pipe.block_offload.device
+    assert pipe.dtype == torch.bfloat16
+    run(pipe, "flux")
+    assert pipe._execution_device == pipe.block_offload.device
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "transformer_blocks.0",
+        "transformer_blocks.2",
+        "single_transformer_blocks.1.attn",
+        "time_text_embed",
+        "proj_out",
+    ],
+)
+def test_an_exception_in_a_block_leaves_nothing_behind(where, error, device):
+    pipe = build("flux", device=device)
+    expected = run(pipe, "flux")
+    pipe.to("cpu").enable_block_offload(device=device)
+    part = pipe.transformer.get_submodule(where)
+
+    def fail(*_):
+        raise error("in the middle")
+
+    hook = part.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        run(pipe, "flux")
+    hook.remove()
+    if device != "cpu":
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.equal(run(pipe, "flux"), expected)
+    assert torch.equal(run(pipe, "flux"), expected)
+
+
+def test_two_pipelines_share_their_components(device):
+    from diffusers import FluxImg2ImgPipeline
+
+    pipe = build("flux", device=device)
+    expected = run(pipe, "flux")
+    pipe.to("cpu").enable_block_offload(device=device)
+    other = FluxImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.float32)
+    other.set_progress_bar_config(disable=True)
+    other.enable_block_offload(device=device)
+    assert torch.equal(run(pipe, "flux"), expected)
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def variation():
+        return other(
+            prompt="a fox",
+            image=picture,
+            strength=0.7,
+            num_inference_steps=3,
+            output_type="pt",
+            generator=torch.Generator("cpu").manual_seed(0),
+        ).images.cpu()
+
+    offloaded = variation()
+    pipe.disable_block_offload()
+    assert pipe.block_offload is None
+    assert torch.equal(variation(), offloaded)  # the other still wants them offloaded
+    other.disable_block_offload()
+    other.to(device)
+    assert torch.equal(variation(), offloaded)
+    assert not hasattr(pipe.transformer, "_hf_hook")
+
+
+def test_remove_all_hooks_leaves_a_working_pipeline(device):
+    pipe = build("flux", device=device)
+    expected = run(pipe, "flux")
+    pipe.to("cpu").enable_block_offload(device=device)
+    run(pipe, "flux")
+    pipe.remove_all_hooks()
+    assert pipe.block_offload is None
+    assert not any(hasattr(part, "_hf_hook") for m in modules_of(pipe).values() for part in m.modules())
+    assert torch.equal(run(pipe.to(device), "flux"), expected)
+
+
+@pytest.mark.parametrize("recurse", [True, False])
+def test_accelerates_own_removal_restores_a_component(recurse, device):
+    pipe = build("flux", device=device)
+    expected = run(pipe, "flux")
+    pipe.to("cpu").enable_block_offload(device=device)
+    run(pipe, "flux")
+    remove_hook_from_module(pipe.transformer, recurse=recurse)
+    pipe.transformer.to(device)
+    assert not any(hasattr(part, "_hf_hook") for part in pipe.transformer.modules())
+    assert torch.equal(run(pipe, "flux"), expected)
+    pipe.enable_block_offload(device=device)
+    assert torch.equal(run(pipe, "flux"), expected)
+
+
+def test_a_block_whose_hook_is_removed_stays_on_the_device(device):
+    pipe = build("flux", device=device)
+    expected = run(pipe, "flux")
+    pipe.to("cpu").enable_block_offload(device=device)
+    run(pipe, "flux")
+    remove_hook_from_module(pipe.transformer.transformer_blocks[1], recurse=True)
+    assert next(pipe.transformer.transformer_blocks[1].parameters()).device.type == device
+    assert torch.equal(run(pipe, "flux"), expected)
+    pipe.disable_block_offload()
+    assert next(pipe.transformer.transformer_blocks[1].parameters()).device.type == "cpu"
+
+
+class Counting(ModelHook):
+    def __init__(self):
+        self.calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+@pytest.mark.parametrize("place", ["", "transformer_blocks.1"])
+def test_foreign_hooks_survive(place):
+    pipe = build("flux")
+    part = pipe.transformer.get_submodule(place)
+    foreign = Counting()
+    add_hook_to_module(part, foreign)
+    expected = run(pipe, "flux")
+    once = foreign.calls
+    pipe.enable_block_offload(device="cpu")
+    assert isinstance(part._hf_hook, SequentialHook)
+    assert torch.equal(run(pipe, "flux"), expected)
+    assert foreign.calls == 2 * once
+    pipe.disable_block_offload()
+    assert part._hf_hook is foreign
+    assert torch.equal(run(pipe, "flux"), expected)
+    assert foreign.calls == 3 * once
+    remove_hook_from_module(part)
+    assert torch.equal(run(pipe, "flux"), expected)
+
+
+def test_deleting_the_pipeline_frees_everything():
+    pipe = build("flux")
+    pipe.enable_block_offload(device="cpu")
+    run(pipe, "flux")
+    gone = weakref.ref(pipe.transformer)
+    engine = weakref.ref(pipe.block_offload._engine)
+    del pipe
+    gc.collect()
+    assert gone() is None
+    assert engine() is None
+    assert not live_handles()
+
+
+@pytest.mark.gpu
+def test_device_memory_returns_to_the_baseline():
+    torch.cuda.empty_cache()
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    pipe = build("flux")
+    for _ in range(2):
+        pipe.enable_block_offload(device="cuda")
+        run(pipe, "flux")
+        pipe.disable_block_offload()
+        gc.collect()
+        assert torch.cuda.memory_allocated() == before
+    pipe.enable_block_offload(device="cuda")
+    run(pipe, "flux")
+    del pipe
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_single_module_outside_a_pipeline(device):
+    pipe = build("wan", device=device)
+    model = pipe.transformer
+    expected = run(pipe, "wan")
+    handle = diffusers_offload.enable_block_offload(model, device=device)
+    assert torch.equal(run(pipe, "wan"), expected)
+    assert handle.report().uses
+    handle.disable()
+    assert next(model.parameters()).device.type == device
+    assert torch.equal(run(pipe, "wan"), expected)
+
+
+def test_a_buffer_written_in_a_forward_is_written_back(device):
+    class Block(torch.nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x):
+            self.seen += 1
+            return self.b(self.a(x))
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(Block(i) for i in range(4))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    net = Net()
+    handle = diffusers_offload.enable_block_offload(net, device=device)
+    with torch.no_grad():
+        for _ in range(3):
+            net(torch.ones(1, 8, device=device))
+    assert [int(block.seen) for block in net.blocks] == [3, 3, 3, 3]
+    assert handle.report().write_backs == 12
+    handle.disable()
+    assert [int(block.seen) for block in net.blocks] == [3, 3, 3, 3]
+
+
+def test_inference_mode_throughout(device):
+    pipe = build("flux", device=device)
+    expected = run(pipe, "flux")
+    pipe.to("cpu")
+    with torch.inference_mode():
+        pipe.enable_block_offload(device=device)
+        assert torch.equal(run(pipe, "flux"), expected)
+    assert torch.equal(run(pipe, "flux"), expected)
+
+
+def test_uninstall_is_the_inverse_of_install():
+    from diffusers import DiffusionPipeline
+
+    pipe = build("flux")
+    expected = run(pipe, "flux")
+    pipe.enable_block_offload(device="cpu")
+    diffusers_offload.uninstall()
+    try:
+        assert not hasattr(DiffusionPipeline, "enable_block_offload")
+        assert not hasattr(pipe.transformer, "_hf_hook")
+        assert torch.equal(run(pipe, "flux"), expected)
+    finally:
+        diffusers_offload.install()
+        diffusers_offload.install()
+    pipe.enable_block_offload(device="cpu")
+    assert torch.equal(run(pipe, "flux"), expected)

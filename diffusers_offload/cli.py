@@ -50,8 +50,9 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "demo",
         help="run a pipeline resident and offloaded, and compare outputs, times and memory",
-        description="Build a real pipeline with random weights (nothing is downloaded), run it resident and then "
-        "offloaded, and compare outputs, times and memory. The exit code is 1 if one bit of the output differs.",
+        description="Build a real pipeline with random weights (nothing is downloaded), run it resident and "
+        "then offloaded, and compare outputs, times and memory. The exit code is 1 if one bit of the output "
+        "differs.",
     )
     parser.add_argument(
         "--pipeline",

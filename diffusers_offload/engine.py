@@ -22,7 +22,6 @@ import torch
 from . import arena
 from .order import Order
 from .report import Counters
-from .slab import align
 from .streams import Streams
 from .tiers.pinned import PinnedTier
 from .weights import Weights
@@ -51,7 +50,7 @@ class Unit:
         self.component: Component | None = None
         self.number = -1  # among the streamed units of the engine
         self.home = 0  # offset in the arena, bytes
-        self.room = 0  # bytes that the unit may take there
+        self.slot: torch.Tensor | None = None  # the bytes of the arena at its home
         self.used = False  # since it was loaded
         self.borrows = False  # lies outside the arena for this one use
         self.ready: Any = None
@@ -78,7 +77,7 @@ class Component:
         self.first: int | None = None  # the unit that its forward began with last time
         self.trace: list[int] = []  # the units of the forward under way
         self.laid_out: list[int] = []  # the order that the homes were assigned for
-        self.unfitting: list[int] | None = None  # an order that the homes do not suit, seen once
+        self.surprise: list[int] | None = None  # the last order that the homes did not suit
         self.displaced: dict[Component, int] = {}  # how often who made the stem leave in this call
 
     @property
@@ -111,10 +110,12 @@ class Engine:
         for unit in component.units:
             unit.component = component
             unit.ready, unit.done = self.streams.event(), self.streams.event()
-            if unit in component.residents:
-                self._settle(unit)
-            else:
-                unit.weights.move_to_host(self.tier)
+        for unit in component.residents:
+            self._settle(unit)
+            yield unit
+        moving = [*component.stem, *component.streamed]
+        for unit, host in zip(moving, self.tier.prepare([unit.nbytes for unit in moving]), strict=True):
+            unit.weights.move_to_host(host)
             yield unit
 
     def open_arena(self) -> None:
@@ -142,6 +143,7 @@ class Engine:
         self._withdraw(component)
         for unit in component.units:
             unit.weights.restore()
+            unit.slot = None
             unit.state = State.RESIDENT  # where it was: whoever still predicts it finds nothing to load
         self.components.remove(component)
         if not any(other.streamed for other in self.components):
@@ -240,25 +242,29 @@ class Engine:
             unit.component.trace.append(unit.number)
         self.counters.uses += 1
         missed = unit.state is State.OFFLOADED
+        stream = self.streams.current()
         if missed:
             self.counters.misses += 1
-            self._load(unit)
-        stream = self.streams.current()
+            self._load(unit, stream)
         self.counters.arrive(unit, stream)
         stream.wait_event(unit.ready)
         unit.weights.bind()
         unit.state = State.IN_USE
         if missed:
-            self.prefetch()
+            self.prefetch(stream)
 
     def release(self, unit: Unit) -> None:
         """The forward of `unit` is queued: its bytes are free behind it, and the next loads can go."""
         if unit.state is State.IN_USE:
-            self._retire(unit)
-            self.prefetch()
+            stream = self.streams.current()
+            self._retire(unit, stream)
+            self.prefetch(stream)
 
-    def prefetch(self) -> None:
-        """Queue the loads of the units predicted next, as far as their bytes are free."""
+    def prefetch(self, current: Any = None) -> None:
+        """Queue the loads of the units predicted next, as far as their bytes are free.
+
+        `current` is the current stream, where the caller knows it: asking costs some microseconds.
+        """
         ahead: set[int] = set()
         for number in islice(self.order.upcoming(), len(self.units)):
             if number in ahead:
@@ -268,26 +274,26 @@ class Engine:
                 for other in self._overwritten(unit):
                     if other.state is State.IN_USE or other.number in ahead:
                         return
-                self._load(unit)
+                self._load(unit, current)
             ahead.add(number)
 
     # --- loading and dropping units -------------------------------------------------------------------
 
-    def _load(self, unit: Unit) -> None:
+    def _load(self, unit: Unit, current: Any = None) -> None:
         if not unit.weights.is_intact():
             self._take_over(unit)
         in_the_way = self._overwritten(unit)
-        unit.borrows = unit.nbytes > unit.room or any(o.state is State.IN_USE for o in in_the_way)
+        fits = unit.slot is not None and unit.slot.numel() == unit.nbytes
+        unit.borrows = not fits or any(o.state is State.IN_USE for o in in_the_way)
         if not unit.borrows:
             for other in in_the_way:
                 self._drop(other)
-        before = self.streams.switch(self.streams.load)
+        slot = self._allocate(arena.BASE + unit.nbytes)[arena.BASE :] if unit.borrows else unit.slot
+        unit.weights.place(slot)
+        before = self.streams.switch(self.streams.load, current)
         try:
-            slot = self._allocate(arena.BASE + unit.nbytes) if unit.borrows else self.arena
-            start = arena.BASE + (0 if unit.borrows else unit.home)
             self.counters.depart(unit, self.streams.load)
-            unit.weights.place(slot[start : start + unit.nbytes])
-            self.tier.load(unit.weights.host, slot[start : start + unit.nbytes])
+            self.tier.load(unit.weights.host, slot)
             unit.ready.record(self.streams.load)
             self.counters.loaded(unit, self.streams.load)
         finally:
@@ -315,9 +321,9 @@ class Engine:
         else:
             self._loaded.remove(unit)
 
-    def _retire(self, unit: Unit) -> None:
+    def _retire(self, unit: Unit, stream: Any) -> None:
         """The unit's use is over: what it reads is the host's again, its bytes may be overwritten."""
-        unit.done.record(self.streams.current())
+        unit.done.record(stream)
         changed = unit.weights.unbind()
         unit.used = True
         unit.state = State.READY
@@ -330,10 +336,11 @@ class Engine:
         """Take units out of the arena, and their views with them."""
         for unit in units:
             if unit.state is State.IN_USE:
-                self._retire(unit)
+                self._retire(unit, self.streams.current())
             if unit in self._loaded:
                 self._drop(unit)
             unit.weights.place(None)
+            unit.slot = None
 
     def _write_back(self, unit: Unit, changed: list[int]) -> None:
         """Copy tensors that the unit wrote to (a buffer, say) to the host, where readers look for them.
@@ -429,10 +436,10 @@ class Engine:
         order = list(dict.fromkeys(component.trace))
         if _is_subsequence(order, component.laid_out):
             return
-        if component.unfitting not in (None, order):  # an order that keeps changing is not worth following
-            component.unfitting = order
+        # The first surprise counts at once; after that, an order that keeps changing is not worth following.
+        seen_before, component.surprise = component.surprise in (None, order), order
+        if not seen_before:
             return
-        component.unfitting = order
         rest = [number for number in component.laid_out if number not in set(order)]
         self._assign_homes(component, order + rest)
         self.prefetch()
@@ -442,7 +449,8 @@ class Engine:
         self._clear(units)
         homes = arena.assign_homes([unit.nbytes for unit in units], self.arena.numel() - arena.BASE)
         for unit, home in zip(units, homes, strict=True):
-            unit.home, unit.room = home, align(unit.nbytes)
+            unit.home = home
+            unit.slot = self.arena[arena.BASE + home : arena.BASE + home + unit.nbytes]
         component.laid_out = order
 
     def _refit_arena(self) -> None:
@@ -483,7 +491,7 @@ class Engine:
     def _take_over(self, unit: Unit) -> None:
         """Somebody gave the tensors other bytes (`tensor.data = ...`, `.to(dtype)`): these count now."""
         unit.weights = self._renewed(unit.weights)
-        unit.weights.move_to_host(self.tier)
+        unit.weights.move_to_host(self.tier.allocate(unit.weights.nbytes))
 
     def _renewed(self, weights: Weights) -> Weights:
         renewed = Weights(weights.tensors)

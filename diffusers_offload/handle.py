@@ -130,6 +130,7 @@ class OffloadHandle:
             if not held.owners:
                 held.release()
         self._engine.streams.synchronize()
+        self._engine.streams.forget_workspaces()
         self._engine.streams.empty_cache()
         _live.discard(self)
 

@@ -6,6 +6,7 @@ is done the moment it is asked for, so its streams and events have nothing to or
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -37,9 +38,9 @@ class DeviceStreams:
     def event(self, timing: bool = False) -> Any:
         return self._module.Event(enable_timing=True) if timing else self._module.Event()
 
-    def switch(self, stream: Any) -> tuple[Any, int]:
-        """Make `stream` current; returns what `restore` needs to undo it."""
-        before = (self._module.current_stream(self.device), self._module.current_device())
+    def switch(self, stream: Any, current: Any = None) -> tuple[Any, int]:
+        """Make `stream` current; returns what `restore` needs to undo it. `current`: if known already."""
+        before = (current or self.current(), self._module.current_device())
         self._module.set_stream(stream)
         return before
 
@@ -55,6 +56,11 @@ class DeviceStreams:
     def empty_cache(self) -> None:
         """Give freed device memory back, so that the next component finds it whatever stream it uses."""
         self._module.empty_cache()
+
+    def forget_workspaces(self) -> None:
+        """Free what cuBLAS keeps for each stream that it ran on; it comes back when needed."""
+        if self.device.type == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()
 
 
 class InlineEvent:
@@ -94,7 +100,7 @@ class InlineStreams:
     def event(self, timing: bool = False) -> InlineEvent:
         return InlineEvent()
 
-    def switch(self, stream: InlineStream) -> None: ...
+    def switch(self, stream: InlineStream, current: InlineStream | None = None) -> None: ...
 
     def restore(self, before: None) -> None: ...
 
@@ -102,12 +108,15 @@ class InlineStreams:
 
     def empty_cache(self) -> None: ...
 
+    def forget_workspaces(self) -> None: ...
+
 
 Streams = DeviceStreams | InlineStreams
 
 
+@functools.cache  # one set a device: libraries keep a workspace for every stream that they have seen
 def open_streams(device: torch.device) -> Streams:
-    """Streams for `device`; inline ones for the CPU."""
+    """The streams of `device`; inline ones for the CPU."""
     return InlineStreams(device) if device.type == "cpu" else DeviceStreams(device)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from . import slab
-from .tiers.pinned import HostMemory, PinnedTier
+from .tiers.pinned import HostMemory
 
 
 class Weights:
@@ -27,6 +27,7 @@ class Weights:
         self.moved = False
         self.origin = [tensor.device for tensor in self.tensors]
         self._host_views: list[torch.Tensor] = []
+        self._host_addresses: list[int] = []
         self._device_views: list[torch.Tensor] = []
         self._placed_at: int | None = None
         self._versions: list[int | None] = []
@@ -35,13 +36,13 @@ class Weights:
     def nbytes(self) -> int:
         return self.layout.nbytes
 
-    def move_to_host(self, tier: PinnedTier) -> None:
-        """Copy the tensors from where they are into one slab of `tier` and let go of where they were."""
-        host = tier.allocate(self.nbytes)
+    def move_to_host(self, host: HostMemory) -> None:
+        """Copy the tensors from where they are into `host` and let go of where they were."""
         slab.gather(self.layout, self.tensors, host.bytes)
         self.host, self.moved = host, True
         self._host_views = slab.views(self.layout, host.bytes)
         self._point_at(self._host_views)
+        self._host_addresses = [tensor.data_ptr() for tensor in self.tensors]
 
     def move_to_device(self, buffer: torch.Tensor) -> None:
         """Copy the tensors from where they are into `buffer` and stay there; the host keeps nothing."""
@@ -75,10 +76,7 @@ class Weights:
 
     def is_intact(self) -> bool:
         """Whether the unbound tensors still point at the host bytes: false after `tensor.data = ...`."""
-        return all(
-            tensor.data_ptr() == view.data_ptr()
-            for tensor, view in zip(self.tensors, self._host_views, strict=True)
-        )
+        return self._host_addresses == [tensor.data_ptr() for tensor in self.tensors]
 
     def restore(self) -> None:
         """Give the tensors storage of their own again, on the devices they came from."""

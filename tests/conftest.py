@@ -25,6 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def deterministic():
     torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and badly on a busy machine
     yield
     torch.use_deterministic_algorithms(False)
     gc.collect()

@@ -237,21 +237,25 @@ def test_deleting_the_pipeline_frees_everything():
 
 @pytest.mark.gpu
 def test_device_memory_returns_to_the_baseline():
-    torch.cuda.empty_cache()
-    gc.collect()
-    before = torch.cuda.memory_allocated()
+    def allocated():
+        gc.collect()
+        return torch.cuda.memory_allocated()
+
+    before = allocated()
     pipe = build("flux")
-    for _ in range(2):
+    after = []
+    for _ in range(3):
         pipe.enable_block_offload(device="cuda")
         run(pipe, "flux")
         pipe.disable_block_offload()
-        gc.collect()
-        assert torch.cuda.memory_allocated() == before
+        after.append(allocated())
+    assert after[0] - before < 8192  # the scheduler keeps its timesteps on the device
+    assert after[0] == after[1] == after[2]
     pipe.enable_block_offload(device="cuda")
     run(pipe, "flux")
     del pipe
-    gc.collect()
-    assert torch.cuda.memory_allocated() == before
+    torch._C._cuda_clearCublasWorkspaces()
+    assert allocated() == before
 
 
 def test_a_single_module_outside_a_pipeline(device):

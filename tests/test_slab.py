@@ -83,6 +83,10 @@ def tensors(draw):
     return made
 
 
+def host_memory(nbytes):
+    return PinnedTier(open_streams(torch.device("cpu"))).allocate(nbytes)
+
+
 def bits(tensor):
     flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
     return flat.copy_(tensor.reshape(-1)).view(torch.uint8)
@@ -94,7 +98,7 @@ def test_tensors_come_back_with_bits_strides_and_dtypes(originals):
     strides = [t.stride() for t in originals]
     held = [t.detach() for t in originals]
     weights = Weights(held)
-    weights.move_to_host(PinnedTier(open_streams(torch.device("cpu"))))
+    weights.move_to_host(host_memory(weights.nbytes))
     arena = torch.full((weights.nbytes + 256,), 255, dtype=torch.uint8)
     arena[256:].copy_(weights.host.bytes)
     weights.place(arena[256:])
@@ -124,7 +128,7 @@ def test_tied_tensors_stay_tied():
     tied = [weight, weight[1:3]]
     held = [t.detach() for t in tied]
     weights = Weights(held)
-    weights.move_to_host(PinnedTier(open_streams(torch.device("cpu"))))
+    weights.move_to_host(host_memory(weights.nbytes))
     held[0][1, 0] = 7.0
     assert held[1][0, 0] == 7.0
     weights.restore()

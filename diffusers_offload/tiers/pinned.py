@@ -10,7 +10,11 @@ from __future__ import annotations
 import logging
 import mmap
 import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -20,6 +24,7 @@ from ..streams import Streams
 logger = logging.getLogger("diffusers_offload")
 
 STAGING_BYTES = 16 * 2**20  # one piece on its way while the next is filled: 55 GB/s need >= 16 MiB a copy
+_PREPARED_AHEAD = 2  # units whose memory is made ready while another moves in
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
 
 
@@ -58,8 +63,27 @@ class PinnedTier:
         if self._pins and self._streams.device.type != "cuda":
             return self._allocate_by_torch(nbytes)
         mapping, memory = _map(nbytes)
+        if self._pins:
+            memory[:: mmap.PAGESIZE].zero_()  # on all cores; the driver would fetch page after page on one
         pinned = self._pins and self._register(mapping, memory)
         return HostMemory(memory, pinned)
+
+    def prepare(self, sizes: Sequence[int]) -> Iterator[HostMemory]:
+        """Host memory of each size in turn; while one is filled, the next are made ready.
+
+        The system hands pages out and the device pins them at a few GB/s: without this, weights would wait
+        for memory longer than they take to move.
+        """
+        if not self._pins:
+            yield from map(self.allocate, sizes)
+            return
+        rest = iter(sizes)
+        with ThreadPoolExecutor(_PREPARED_AHEAD) as pool:
+            pending = deque(pool.submit(self.allocate, size) for size in islice(rest, _PREPARED_AHEAD))
+            while pending:
+                memory = pending.popleft().result()
+                pending.extend(pool.submit(self.allocate, size) for size in islice(rest, 1))
+                yield memory
 
     def load(self, source: HostMemory, destination: torch.Tensor) -> None:
         """Queue the copy of `source` to `destination` (uint8, same length) on the current stream."""

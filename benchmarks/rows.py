@@ -1,0 +1,231 @@
+"""The rows of a table, one way of running the model each, and the measuring of one row in this process."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import measure
+import torch
+from models import CASES, FAMILIES, build, forward_of
+from torch import nn
+
+Enable = Callable[[nn.Module, torch.device], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of running the model.
+
+    Attributes:
+        enable: sets it up; what it returns is the handle of `ours`, None elsewhere.
+        offloads: the weights leave the device; False for the row that the others are compared with.
+        needs_streams: cannot run on the CPU.
+        from_host: wants the weights on the host before `enable`.
+        packages: imported ahead, so that neither its time nor its memory count to `enable`.
+        warm_ups, at_most: forwards before the timed ones, and the limit of those.
+    """
+
+    enable: Enable
+    offloads: bool = True
+    needs_streams: bool = False
+    from_host: bool = False
+    packages: tuple[str, ...] = ()
+    warm_ups: int = 2
+    at_most: int = 100
+
+
+def _resident(model: nn.Module, device: torch.device) -> None:
+    model.to(device)
+
+
+def _group_offload(**kind: Any) -> Enable:
+    def enable(model: nn.Module, device: torch.device) -> None:
+        model.enable_group_offload(
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            use_stream=True,
+            record_stream=True,
+            **kind,
+        )
+
+    return enable
+
+
+def _accelerate(model: nn.Module, device: torch.device) -> None:
+    accelerate = import_module("accelerate")
+    accelerate.cpu_offload(model, execution_device=device)
+
+
+def _ours(ratio: float) -> Enable:
+    def enable(model: nn.Module, device: torch.device) -> Any:
+        diffusers_offload = import_module("diffusers_offload")
+        return diffusers_offload.enable_block_offload(model, device=device, offload_ratio=ratio)
+
+    return enable
+
+
+_GROUPS = {"needs_streams": True, "packages": ("diffusers.hooks",)}
+_OURS = {"packages": ("diffusers_offload.pipeline",)}
+ROWS = {
+    "resident": Row(_resident, offloads=False),
+    "diffusers-block": Row(_group_offload(offload_type="block_level", num_blocks_per_group=1), **_GROUPS),
+    "diffusers-leaf": Row(_group_offload(offload_type="leaf_level"), **_GROUPS),
+    "accelerate": Row(_accelerate, from_host=True, packages=("accelerate",), warm_ups=1, at_most=2),
+    "ours": Row(_ours(1.0), **_OURS),
+    "ours-half": Row(_ours(0.5), **_OURS),
+}
+
+
+def run_row(name: str, cases: Sequence[str], size: str, device: torch.device, start: str) -> None:
+    """Measure one row on cases of one family; prints all that is known as a line of JSON after each case."""
+    row = ROWS[name]
+    result: dict[str, Any] = {"row": name, "start": start, "cases": {}}
+    try:
+        measure.start_up(device)
+        result["environment"] = _environment(device)
+        result["h2d"] = [measure.h2d_rates(device)]
+        model, handle, result["setup"] = _set_up(row, CASES[size][cases[0]].family, size, device, start)
+    except Exception as error:
+        result["error"] = _told(error)
+        print(json.dumps(result), flush=True)
+        return
+    for number, case_name in enumerate(cases):
+        try:
+            measured = _measure_case(row, model, handle, case_name, size, device, first=number == 0)
+            measure.settle(device)
+            result["cases"][case_name] = measured | _host_memory(result["setup"])
+        except Exception as error:
+            result["cases"][case_name] = {"error": _told(error)}
+        print(json.dumps(result), flush=True)
+    result["h2d"].append(measure.h2d_rates(device))
+    print(json.dumps(result), flush=True)
+
+
+def _set_up(
+    row: Row, family: str, size: str, device: torch.device, start: str
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Build the model on the device, move it to where the row starts from, and enable the row."""
+    for package in (FAMILIES[family][0], *row.packages):
+        import_module(package)
+    measure.settle(device)
+    setup: dict[str, Any] = {
+        "baseline_rss": measure.host_rss(),
+        "baseline_available": measure.host_available(),
+        "high_water_reset": measure.reset_host_high_water(),
+    }
+    begin = perf_counter()
+    with torch.no_grad():
+        model = build(family, size, device)
+    measure.synchronize(device)
+    setup["build_s"] = perf_counter() - begin
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    setup["weights_bytes"] = sum(t.numel() * t.element_size() for t in tensors)
+    del tensors
+    with measure.host_peak() as host_peak:
+        begin = perf_counter()
+        if row.offloads and (row.from_host or start == "host"):
+            model.to("cpu")
+            measure.settle(device)
+        setup["to_host_s"] = perf_counter() - begin
+        before = measure.reset_device_peaks(device)
+        begin = perf_counter()
+        handle = row.enable(model, device)
+        measure.synchronize(device)
+        setup["enable_s"] = perf_counter() - begin
+    setup["enable_peak_rss"] = host_peak[0]
+    peak, _ = measure.device_peaks(device)
+    setup["enable_device_growth"] = None if peak is None else peak - before
+    measure.settle(device)
+    return model, handle, setup
+
+
+def _measure_case(
+    row: Row, model: nn.Module, handle: Any, name: str, size: str, device: torch.device, first: bool
+) -> dict[str, Any]:
+    case = CASES[size][name]
+    output = None
+    with torch.no_grad():
+        forward = forward_of(model, case, size, device)
+
+        def step() -> None:
+            nonlocal output
+            output = forward()
+
+        step()
+        hashes = [measure.digest(output)]
+        for _ in range(row.warm_ups - 1 if first else 0):
+            step()
+        measure.reset_device_peaks(device)
+        if handle is not None:
+            handle.reset()
+        times, wall = measure.step_times(step, min(case.forwards, row.at_most), device)
+        allocated, reserved = measure.device_peaks(device)
+        hashes.append(measure.digest(output))
+        result = {
+            "tokens": case.tokens + case.text,
+            "step_ms": median(times),
+            "steps_ms": times,
+            "step_wall_ms": wall,
+            "peak_allocated": allocated,
+            "peak_reserved": reserved,
+            "hashes": hashes,
+        }
+        if handle is not None:
+            result["ours"] = _of_ours(handle, forward, allocated, device)
+    return result
+
+
+def _of_ours(
+    handle: Any, forward: Callable[[], Any], allocated: int | None, device: torch.device
+) -> dict[str, Any]:
+    """What only our handle knows: read after the timed forwards, then from two more."""
+    report = handle.report()
+    stem = sum(component.stem_bytes for component in handle.plan.components)
+    parts = {"arena": report.arena_bytes, "stem": stem, "resident": report.resident_bytes}
+    if allocated is not None:
+        parts["activations"] = allocated - sum(parts.values())
+    known = {
+        "misses": report.misses,
+        "write_backs": report.write_backs,
+        "bytes_per_step": report.bytes_loaded / report.forwards,
+        "device_parts": parts,
+        "host_bytes": report.host_bytes,
+        "pinned_bytes": report.pinned_bytes,
+    }
+    handle.reset()
+    with handle.measured():
+        forward()
+        measured = handle.report()
+    known |= {"transfer_ms": measured.transfer_ms, "stall_ms": measured.stall_ms, "hidden": measured.hidden}
+    known["hook_us"] = measure.hook_microseconds(forward, device)
+    return known
+
+
+def _host_memory(setup: dict[str, Any]) -> dict[str, int]:
+    """Steady state and peak of the host, in bytes; the peak is the kernel's where it lets itself be reset."""
+    peak = setup["enable_peak_rss"]
+    if setup["high_water_reset"]:
+        peak = max(peak, measure.host_high_water())
+    return {
+        "rss": measure.host_rss(),
+        "peak_rss": peak,
+        "available_drop": setup["baseline_available"] - measure.host_available(),
+    }
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {"device": name} | {package: version(package) for package in ("torch", "diffusers", "accelerate")}
+
+
+def _told(error: Exception) -> str:
+    traceback.print_exc()
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]

@@ -1,0 +1,137 @@
+"""A transformer's forward under each way of offloading it: time, memory, exactness. See README.md.
+
+python benchmarks/transformer_forward.py --case flux-4096
+python benchmarks/transformer_forward.py --case all --out benchmarks/results/transformer_forward
+python benchmarks/transformer_forward.py --case flux-4096,wan-7800 --rows resident,ours --size tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from models import CASES
+from rows import ROWS, run_row
+from tables import render
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    arguments = _parse()
+    device = torch.device(arguments.device)
+    if arguments.row:
+        run_row(arguments.row, arguments.case, arguments.size, device, arguments.start)
+        return
+    out = Path(arguments.out)
+    out = out.with_suffix("") if out.suffix in (".json", ".md") else out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    begin = perf_counter()
+    results: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/transformer_forward.py", *sys.argv[1:]]),
+        "size": arguments.size,
+        "start": arguments.start,
+        "seconds": 0.0,
+        "rows": [],
+    }
+    families: dict[str, list[str]] = {}
+    for case in arguments.case:
+        families.setdefault(CASES[arguments.size][case].family, []).append(case)
+    for cases in families.values():
+        for row in arguments.rows:
+            print(f"[{perf_counter() - begin:5.0f} s] {row}: {', '.join(cases)}", file=sys.stderr, flush=True)
+            if ROWS[row].needs_streams and device.type == "cpu":
+                results["rows"].append(
+                    {"row": row, "wanted": cases, "error": "skipped: needs device streams"}
+                )
+                continue
+            result = _in_its_own_process(row, cases, arguments) | {"wanted": cases}
+            results["rows"].append(result)
+            _tell(result)
+            results["seconds"] = perf_counter() - begin
+            Path(f"{out}.json").write_text(json.dumps(results, indent=1) + "\n")
+            Path(f"{out}.md").write_text(render(results))
+    print(render(results))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--case", default="all", type=_names(CASES["full"]), help="cases with commas between, or all"
+    )
+    parser.add_argument("--rows", default="all", type=_names(ROWS), help="rows with commas between, or all")
+    parser.add_argument("--size", default="full", choices=sorted(CASES), help="tiny: a test of this program")
+    parser.add_argument(
+        "--start",
+        default="device",
+        choices=("device", "host"),
+        help="where the weights lie before offloading is enabled; host: as after from_pretrained (slower)",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one row's process")
+    parser.add_argument(
+        "--out", default=str(HERE / "results" / "transformer_forward"), help="writes OUT.json and OUT.md"
+    )
+    parser.add_argument("--row", choices=tuple(ROWS), help=argparse.SUPPRESS)  # the process of one row
+    return parser.parse_args()
+
+
+def _names(known: Sequence[str]) -> Any:
+    def names(text: str) -> list[str]:
+        chosen = list(known) if text == "all" else text.split(",")
+        for name in chosen:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}, all")
+        return chosen
+
+    return names
+
+
+def _in_its_own_process(row: str, cases: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the row's process printed last; its progress and its errors go to stderr."""
+    command = [sys.executable, __file__, "--row", row, "--case", ",".join(cases)]
+    for option in ("size", "start", "device"):
+        command += [f"--{option}", getattr(arguments, option)]
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    environment = {"DIFFUSERS_VERBOSITY": "error"} | os.environ | {"PYTHONPATH": path}
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, timeout=arguments.timeout)
+        printed, how = done.stdout, f"its process ended with {done.returncode}"
+    except subprocess.TimeoutExpired as expired:
+        printed, how = expired.stdout or b"", f"stopped after {arguments.timeout:.0f} s"
+    result: dict[str, Any] = {"row": row, "cases": {}}
+    for line in printed.decode().splitlines():
+        try:
+            result = json.loads(line)
+        except ValueError:
+            continue
+    if "error" not in result:
+        for case in cases:
+            result["cases"].setdefault(case, {"error": how})
+    return result
+
+
+def _tell(result: dict[str, Any]) -> None:
+    """One line per case on stderr."""
+    for case in result["wanted"]:
+        measured = result["cases"].get(case) or {"error": result.get("error")}
+        said = measured.get("error") or f"{measured['step_ms']:.1f} ms, median of {len(measured['steps_ms'])}"
+        print(f"          {case}: {said}", file=sys.stderr, flush=True)
+    rates = [rate for rates in result.get("h2d", ()) for rate in rates.values()]
+    if rates:
+        print(f"          H2D {min(rates):.1f} to {max(rates):.1f} GB/s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

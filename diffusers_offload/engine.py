@@ -52,6 +52,7 @@ class Unit:
         self.home = 0  # offset in the arena, bytes
         self.slot: torch.Tensor | None = None  # the bytes of the arena at its home
         self.used = False  # since it was loaded
+        self.stream: Any = None  # that the forward under way computes on
         self.borrows = False  # lies outside the arena for this one use
         self.ready: Any = None
         self.done: Any = None
@@ -250,13 +251,14 @@ class Engine:
         stream.wait_event(unit.ready)
         unit.weights.bind()
         unit.state = State.IN_USE
+        unit.stream = stream
         if missed:
             self.prefetch(stream)
 
     def release(self, unit: Unit) -> None:
         """The forward of `unit` is queued: its bytes are free behind it, and the next loads can go."""
         if unit.state is State.IN_USE:
-            stream = self.streams.current()
+            stream = unit.stream
             self._retire(unit, stream)
             self.prefetch(stream)
 
@@ -336,7 +338,7 @@ class Engine:
         """Take units out of the arena, and their views with them."""
         for unit in units:
             if unit.state is State.IN_USE:
-                self._retire(unit, self.streams.current())
+                self._retire(unit, unit.stream)
             if unit in self._loaded:
                 self._drop(unit)
             unit.weights.place(None)

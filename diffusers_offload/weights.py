@@ -30,7 +30,9 @@ class Weights:
         self._host_addresses: list[int] = []
         self._device_views: list[torch.Tensor] = []
         self._placed_at: int | None = None
-        self._versions: list[int | None] = []
+        # Tensors made in inference mode do not count how often they were written to.
+        self._counting = [i for i, tensor in enumerate(self.tensors) if not tensor.is_inference()]
+        self._versions: list[int] = []
 
     @property
     def nbytes(self) -> int:
@@ -61,13 +63,15 @@ class Weights:
     def bind(self) -> None:
         """Point the tensors at the device bytes."""
         self._point_at(self._device_views)
-        self._versions = [_version(tensor) for tensor in self.tensors]
+        self._versions = self._count_writes()
 
     def unbind(self) -> list[int]:
         """Point the tensors at the host bytes; returns which of them were written to while bound."""
-        changed = [i for i, tensor in enumerate(self.tensors) if _version(tensor) != self._versions[i]]
+        versions = self._count_writes()
         self._point_at(self._host_views)
-        return changed
+        if versions == self._versions:
+            return []
+        return [i for i, a, b in zip(self._counting, versions, self._versions, strict=True) if a != b]
 
     def write_back(self, changed: Sequence[int]) -> None:
         """Queue, on the current stream, the copies of `changed` from the device to the host."""
@@ -86,11 +90,10 @@ class Weights:
         self.place(None)
         self.host, self._host_views = None, []
 
+    def _count_writes(self) -> list[int]:
+        tensors = self.tensors
+        return [tensors[i]._version for i in self._counting]
+
     def _point_at(self, views: Sequence[torch.Tensor]) -> None:
-        for tensor, view in zip(self.tensors, views, strict=True):
+        for tensor, view in zip(self.tensors, views):  # noqa: B905 (the same length by construction; this is hot)
             tensor.data = view
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    """How often `tensor` was written to in place; unknown for tensors made in inference mode."""
-    return None if tensor.is_inference() else tensor._version

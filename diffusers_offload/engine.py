@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from . import arena
+from .budget import DeviceBudget
 from .order import Order
 from .report import Counters
 from .streams import Streams
@@ -53,7 +54,8 @@ class Unit:
         self.slot: torch.Tensor | None = None  # the bytes of the arena at its home
         self.used = False  # since it was loaded
         self.stream: Any = None  # that the forward under way computes on
-        self.borrows = False  # lies outside the arena for this one use
+        self.keeps = False  # once loaded, stays until its component leaves
+        self.borrows = False  # lies outside the arena, in a buffer of its own
         self.ready: Any = None
         self.done: Any = None
 
@@ -77,7 +79,8 @@ class Component:
         self.users: list[Any] = []  # streams that used the stem since it came
         self.first: int | None = None  # the unit that its forward began with last time
         self.trace: list[int] = []  # the units of the forward under way
-        self.laid_out: list[int] = []  # the order that the homes were assigned for
+        self.order: list[int] = []  # of its units, as the homes were assigned for it
+        self.runs = 0  # forwards in this call
         self.surprise: list[int] | None = None  # the last order that the homes did not suit
         self.displaced: dict[Component, int] = {}  # how often who made the stem leave in this call
 
@@ -89,8 +92,9 @@ class Component:
 class Engine:
     """Moves the units of some components through one arena on one device."""
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, streams: Streams, budget: DeviceBudget | None = None) -> None:
         self.streams = streams
+        self.budget = budget
         self.device = streams.device
         self.tier = PinnedTier(streams)
         self.counters = Counters(streams=streams)
@@ -183,8 +187,12 @@ class Engine:
 
     # --- the component's forward --------------------------------------------------------------------
 
-    def enter(self, component: Component) -> None:
-        """A forward of `component` begins: order it behind the caller and bring its stem."""
+    def enter(self, component: Component, shapes: tuple = ()) -> None:
+        """A forward of `component` begins: order it behind the caller and bring its stem.
+
+        Args:
+            shapes: of what the forward is given; with a budget, its memory is expected to follow from them.
+        """
         outermost = not self._stack
         if outermost:
             caller = self.streams.current()
@@ -193,6 +201,8 @@ class Engine:
         self._stack.append(component)
         component.depth += 1
         try:
+            if self.budget is not None and outermost:
+                self.keep(component, self.budget.begin(component, shapes))
             self._bring(component)
             if component.depth == 1:
                 component.trace = []
@@ -215,6 +225,8 @@ class Engine:
                 break
         if component.depth == 0 and component.trace:
             self._learn(component)
+        if self.budget is not None and not self._stack:
+            self.keep(component, self.budget.end(component, self._standing_bytes(component)))
         if not self._stack:
             caller, before = self._outside
             caller.wait_stream(self.streams.compute)
@@ -226,11 +238,23 @@ class Engine:
         if not component.depth:
             self._bring(component)
 
+    def keep(self, component: Component, kept: set[Unit]) -> None:
+        """Of the units that stream, let these stay until the component leaves, and no others."""
+        if kept == {unit for unit in component.streamed if unit.keeps}:
+            return
+        for unit in component.streamed:
+            unit.keeps = unit in kept
+            if unit.borrows and not unit.keeps:
+                self._drop(unit)
+        self._assign_homes(component, component.order)
+        self.prefetch()
+
     def call_ended(self) -> None:
         """The pipeline's call is over: what came for it leaves."""
         self._send_away([c for c in self.components if c.present and not c.depth])
         for component in self.components:
             component.displaced.clear()
+            component.runs = 0
 
     # --- the unit's forward ---------------------------------------------------------------------------
 
@@ -284,8 +308,8 @@ class Engine:
     def _load(self, unit: Unit, current: Any = None) -> None:
         if not unit.weights.is_intact():
             self._take_over(unit)
-        in_the_way = self._overwritten(unit)
         fits = unit.slot is not None and unit.slot.numel() == unit.nbytes
+        in_the_way = self._overwritten(unit) if fits else []
         unit.borrows = not fits or any(o.state is State.IN_USE for o in in_the_way)
         if not unit.borrows:
             for other in in_the_way:
@@ -306,6 +330,8 @@ class Engine:
             self._loaded.append(unit)
 
     def _overwritten(self, unit: Unit) -> list[Unit]:
+        if unit.slot is None:
+            return []
         return [
             other
             for other in self._loaded
@@ -331,7 +357,7 @@ class Engine:
         unit.state = State.READY
         if changed:
             self._write_back(unit, changed)
-        if unit.borrows:
+        if unit.borrows and not unit.keeps:
             self._drop(unit)
 
     def _clear(self, units: list[Unit]) -> None:
@@ -339,7 +365,7 @@ class Engine:
         for unit in units:
             if unit.state is State.IN_USE:
                 self._retire(unit, unit.stream)
-            if unit in self._loaded:
+            if unit in self._loaded or unit.borrows:
                 self._drop(unit)
             unit.weights.place(None)
             unit.slot = None
@@ -417,6 +443,10 @@ class Engine:
                 unit.weights.place(None)
                 unit.state = State.OFFLOADED
                 freed += unit.nbytes
+            for unit in component.streamed:
+                if unit.keeps and unit.borrows:
+                    self._drop(unit)
+                    freed += unit.nbytes
             component.users.clear()
             component.present = False
             if coming is not None:
@@ -436,24 +466,24 @@ class Engine:
         """Assign homes anew when the units ran in an order that the homes do not suit."""
         component.first = component.trace[0]
         order = list(dict.fromkeys(component.trace))
-        if _is_subsequence(order, component.laid_out):
+        if _is_subsequence(order, component.order):
             return
         # The first surprise counts at once; after that, an order that keeps changing is not worth following.
         seen_before, component.surprise = component.surprise in (None, order), order
         if not seen_before:
             return
-        rest = [number for number in component.laid_out if number not in set(order)]
+        rest = [number for number in component.order if number not in set(order)]
         self._assign_homes(component, order + rest)
         self.prefetch()
 
     def _assign_homes(self, component: Component, order: list[int]) -> None:
-        units = [self.units[number] for number in order]
-        self._clear(units)
+        component.order = order
+        self._clear([self.units[number] for number in order])
+        units = [self.units[number] for number in order if not self.units[number].keeps]
         homes = arena.assign_homes([unit.nbytes for unit in units], self.arena.numel() - arena.BASE)
         for unit, home in zip(units, homes, strict=True):
             unit.home = home
             unit.slot = self.arena[arena.BASE + home : arena.BASE + home + unit.nbytes]
-        component.laid_out = order
 
     def _refit_arena(self) -> None:
         """After units changed their size: a new arena where the old one is too small, and new homes."""
@@ -465,7 +495,7 @@ class Engine:
             self.arena = None
             self.arena = self._allocate(arena.BASE + needed)
         for component in self.components:
-            self._assign_homes(component, component.laid_out)
+            self._assign_homes(component, component.order)
 
     # --- memory ---------------------------------------------------------------------------------------
 
@@ -476,6 +506,12 @@ class Engine:
                 return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         finally:
             self.streams.restore(before)
+
+    def _standing_bytes(self, component: Component) -> int:
+        """Weights on the device while `component` runs, but for what it keeps by way of the budget."""
+        residents = sum(unit.nbytes for each in self.components for unit in each.residents)
+        arena_bytes = self.arena.numel() if self.arena is not None else 0
+        return residents + arena_bytes + sum(unit.nbytes for unit in component.stem)
 
     def _settle(self, unit: Unit) -> None:
         """Move a unit to the device, to stay."""

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import hooks, planner, slab
+from .budget import DeviceBudget
 from .engine import Component, Engine, Unit
 from .planner import ComponentPlan, Plan, UnitSize
 from .policy import OffloadPolicy
@@ -57,10 +58,15 @@ class OffloadHandle:
         device: where the components compute.
     """
 
-    def __init__(self, targets: Sequence[Target], device: torch.device) -> None:
+    def __init__(
+        self, targets: Sequence[Target], device: torch.device, max_device_memory: int | None = None
+    ) -> None:
         self.device = device
         self.plan = make_plan(targets, device)
-        self._engine = Engine(open_streams(device))
+        streams = open_streams(device)
+        self._engine = Engine(
+            streams, DeviceBudget(max_device_memory, streams) if max_device_memory else None
+        )
         self._held: dict[str, _Held] = {}
         try:
             self._take_in(targets)
@@ -87,6 +93,7 @@ class OffloadHandle:
         counters = self._engine.counters
         transfer, stall = counters.times()
         units = [unit for component in self._engine.components for unit in component.units]
+        kept = sum(unit.nbytes for unit in units if unit.keeps and unit.borrows)
         hosts = [unit.weights.host for unit in units if unit.weights.host is not None]
         arena = self._engine.arena
         return Report(
@@ -101,7 +108,7 @@ class OffloadHandle:
             host_bytes=sum(host.bytes.numel() for host in hosts),
             pinned_bytes=sum(host.bytes.numel() for host in hosts if host.pinned),
             arena_bytes=arena.numel() if arena is not None else 0,
-            resident_bytes=sum(unit.nbytes for c in self._engine.components for unit in c.residents),
+            resident_bytes=kept + sum(unit.nbytes for c in self._engine.components for unit in c.residents),
         )
 
     def reset(self) -> None:

@@ -70,7 +70,7 @@ class ComponentHook(EngineHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         # `encode` and `decode` of a VAE call this without arguments and never call `post_forward`.
         if args or kwargs:
-            self.engine.enter(self.component)
+            self.engine.enter(self.component, _shapes(args, kwargs) if self.engine.budget else ())
         else:
             self.engine.touch(self.component)
         return args, kwargs
@@ -136,6 +136,13 @@ class UnitHook(EngineHook):
                 "whose weights leave the device after its forward. Call it under torch.no_grad() or "
                 "torch.inference_mode(), set requires_grad_(False), or disable the block offload to train."
             )
+
+
+def _shapes(args: tuple, kwargs: dict) -> tuple:
+    """The shapes of the tensors that a forward is given, in lists as well."""
+    given = [*args, *kwargs.values()]
+    tensors = [t for value in given for t in (value if isinstance(value, (list, tuple)) else (value,))]
+    return tuple(t.shape for t in tensors if isinstance(t, torch.Tensor))
 
 
 _Hook = TypeVar("_Hook", bound=EngineHook)

@@ -15,9 +15,9 @@ from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 from torch import nn
 
 from . import planner, slab
-from .handle import OffloadHandle, Target, held_policy, why_not
+from .handle import OffloadHandle, Target, held_policy, make_plan, why_not
 from .hooks import EngineHook
-from .policy import OffloadPolicy, Request, parse_request
+from .policy import OffloadPolicy, Request, parse_bytes, parse_request
 from .streams import find_device
 from .units import dissect
 
@@ -34,6 +34,7 @@ class BlockOffloadMixin:
         device: str | torch.device | None = None,
         offload_granularity: str = "block",
         offload_ratio: float | None = None,
+        max_device_memory: int | str | None = None,
         components: Mapping[str, str | OffloadPolicy] | None = None,
     ) -> None:
         """Stream the weights of this pipeline to the device block by block while it computes.
@@ -48,6 +49,9 @@ class BlockOffloadMixin:
                 and goes as a whole ("model").
             offload_ratio: share of the bytes of each component's blocks that streams, 0.0 to 1.0; the
                 rest stays on the device. None is 1.0.
+            max_device_memory: upper bound on the peak device memory, activations included, as "10GiB" or
+                in bytes. The first forwards measure what activations take; what is left holds blocks of
+                the component that runs. None: no more is kept than the policies say.
             components: per component a word as above, or an `OffloadPolicy`.
 
         Raises:
@@ -57,14 +61,17 @@ class BlockOffloadMixin:
         device = find_device(device)
         modules = {name: m for name, m in self.components.items() if isinstance(m, nn.Module)}
         request = parse_request(offload_granularity, offload_ratio, components, tuple(modules))
+        limit = parse_bytes("max_device_memory", max_device_memory)
         _refuse_device_map(self)
         before = self.block_offload
         targets = plan_targets(modules, request, device, replacing=before)
+        if limit is not None:
+            planner.check_budget(make_plan(targets, device), limit)
         if before is not None:
             before.disable()
             # Sizes stay, but the storages behind the tensors are new: take the modules apart again.
             targets = plan_targets(modules, request, device)
-        handle = OffloadHandle(targets, device)
+        handle = OffloadHandle(targets, device, limit)
         setattr(self, _HANDLE, handle)
         _announce(handle)
 
@@ -94,13 +101,14 @@ def enable_block_offload(
     device: str | torch.device | None = None,
     offload_granularity: str = "block",
     offload_ratio: float | None = None,
+    max_device_memory: int | str | None = None,
     name: str = "module",
 ) -> OffloadHandle:
     """Offload one module outside a pipeline.
 
     Args:
         module: any module; for "block" it needs a `ModuleList` of blocks somewhere.
-        device, offload_granularity, offload_ratio: as for a pipeline.
+        device, offload_granularity, offload_ratio, max_device_memory: as for a pipeline.
         name: what messages and the plan call it.
 
     Returns:
@@ -118,7 +126,10 @@ def enable_block_offload(
     if held_policy(module) is not None:
         raise ValueError(f"{name} is offloaded already: disable its handle first")
     targets = plan_targets({name: module}, Request(policy, {name: policy}), device)
-    handle = OffloadHandle(targets, device)
+    limit = parse_bytes("max_device_memory", max_device_memory)
+    if limit is not None:
+        planner.check_budget(make_plan(targets, device), limit)
+    handle = OffloadHandle(targets, device, limit)
     _announce(handle)
     return handle
 

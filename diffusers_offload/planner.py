@@ -102,6 +102,37 @@ def choose_residents(sizes: Sequence[int], ratio: float) -> set[int]:
     return stay
 
 
+def choose_kept(sizes: Sequence[int], room: int) -> set[int]:
+    """Which units to keep within `room` bytes, spread evenly by bytes over the order.
+
+    Args:
+        sizes: bytes of each unit, in order of use.
+        room: bytes that may be kept; the units chosen never exceed it.
+    """
+    total = sum(sizes)
+    if total <= room:
+        return set(range(len(sizes)))
+    return set(range(len(sizes))) - choose_residents(sizes, max(0, room) / total) if total else set()
+
+
+def check_budget(plan: Plan, limit: int) -> None:
+    """Raise ValueError if the weights that must be on the device at once exceed `limit` bytes."""
+    if plan.device_bytes <= limit:
+        return
+    parts = [f"{plan.arena_bytes / GIB:.3f} GiB for the arena (two blocks)"] if plan.arena_bytes else []
+    stem = max(plan.components, key=lambda component: component.stem_bytes)
+    if stem.stem_bytes:
+        parts.append(f"{stem.stem_bytes / GIB:.3f} GiB for what of {stem.name} does not stream")
+    parts += [
+        f"{c.resident_bytes / GIB:.3f} GiB that stay of {c.name}" for c in plan.components if c.residents
+    ]
+    raise ValueError(
+        f"max_device_memory={limit} is {(plan.device_bytes - limit) / GIB:.3f} GiB too little for the weights alone: "
+        f"they need {', '.join(parts)}. Give more, or stream more: the policy 'block' for that component, "
+        "a larger offload_ratio, 'model' instead of 'resident'."
+    )
+
+
 def arena_bytes(components: Sequence[Sequence[int]]) -> int:
     """Bytes of an arena in which any two units of one component fit, for the most demanding component."""
     return max((arena.capacity_for(sizes) for sizes in components), default=0)

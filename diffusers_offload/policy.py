@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from accelerate.utils.modeling import convert_file_size_to_int
+
 GRANULARITIES = ("resident", "model", "block")
 
 
@@ -48,6 +50,25 @@ def check_ratio(name: str, value: float) -> float:
             f"{name}={value!r} is outside 0.0-1.0; 0.0 keeps every block on the device, 1.0 none"
         )
     return float(value)
+
+
+def parse_bytes(name: str, value: int | str | None) -> int | None:
+    """A size such as "10GiB" or 10737418240 in bytes; `name` is what the message calls it.
+
+    Raises:
+        ValueError: `value` is no positive size.
+    """
+    if value is None:
+        return None
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise ValueError
+        nbytes = convert_file_size_to_int(value)
+    except ValueError:
+        raise ValueError(f"{name}={value!r} is not a size; use bytes, or a string such as '10GiB'") from None
+    if nbytes <= 0:
+        raise ValueError(f"{name}={value!r} is not positive; use bytes, or a string such as '10GiB'")
+    return nbytes
 
 
 @dataclass(frozen=True)

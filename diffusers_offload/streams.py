@@ -57,6 +57,14 @@ class DeviceStreams:
         """Give freed device memory back, so that the next component finds it whatever stream it uses."""
         self._module.empty_cache()
 
+    def begin_peak(self) -> None:
+        """Measure the peak anew."""
+        self._module.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int:
+        """Most bytes of tensors on the device at once since `begin_peak`."""
+        return self._module.max_memory_allocated(self.device)
+
     def forget_workspaces(self) -> None:
         """Free what cuBLAS keeps for each stream that it ran on; it comes back when needed."""
         if self.device.type == "cuda":
@@ -107,6 +115,11 @@ class InlineStreams:
     def synchronize(self) -> None: ...
 
     def empty_cache(self) -> None: ...
+
+    def begin_peak(self) -> None: ...
+
+    def peak(self) -> int:
+        return 0  # nobody counts; a budget then bounds the weights alone
 
     def forget_workspaces(self) -> None: ...
 

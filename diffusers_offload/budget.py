@@ -1,0 +1,62 @@
+"""A bound on the device's peak memory: measure what a forward needs, keep blocks in what is left.
+
+What a component's activations take is not known before it has run, so its first forwards run with nothing
+kept. A component that runs once a call (a text encoder) gains nothing from keeping and is left alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .planner import choose_kept
+
+if TYPE_CHECKING:
+    from .engine import Component, Unit
+    from .streams import Streams
+
+_RESERVE = 0.01  # of the bound: kept buffers are rounded up by the allocator
+
+
+class DeviceBudget:
+    """Decides which streamed units a component may keep while it runs.
+
+    The memory of a forward is taken to follow from the shapes of its inputs: with new ones, nothing is kept
+    until it has been measured. Measuring resets the device's peak statistics.
+
+    Args:
+        limit: bytes that tensors on the device may take at most, activations included.
+        streams: the device's streams, which measure its memory.
+    """
+
+    def __init__(self, limit: int, streams: Streams) -> None:
+        self.limit = limit
+        self._streams = streams
+        self._needs: dict[tuple[Component, tuple], int] = {}  # peak bytes without what is kept
+        self._shapes: dict[Component, tuple] = {}
+
+    def begin(self, component: Component, shapes: tuple) -> set[Unit]:
+        """What `component` may keep in the forward that begins with inputs of these shapes."""
+        self._shapes[component] = shapes
+        self._streams.begin_peak()
+        return self._choose(component)
+
+    def end(self, component: Component, weights: int) -> set[Unit]:
+        """What `component` may keep from now on, its forward being over.
+
+        Args:
+            weights: bytes of weights that were on the device for it anyway.
+        """
+        component.runs += 1
+        kept = sum(unit.nbytes for unit in component.streamed if unit.keeps and unit.borrows)
+        key = component, self._shapes[component]
+        self._needs[key] = max(self._needs.get(key, 0), self._streams.peak() - kept, weights)
+        return self._choose(component)
+
+    def _choose(self, component: Component) -> set[Unit]:
+        need = self._needs.get((component, self._shapes[component]))
+        repeats = component.runs > 1 or any(unit.keeps for unit in component.streamed)
+        if need is None or not repeats:
+            return set()
+        sizes = [unit.nbytes for unit in component.streamed]
+        chosen = choose_kept(sizes, int(self.limit * (1 - _RESERVE)) - need)
+        return {component.streamed[i] for i in chosen}

@@ -1,0 +1,137 @@
+"""`max_device_memory` bounds the peak, and what is left under it holds blocks."""
+
+import pytest
+import torch
+from helpers import build, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusers_offload.planner import choose_kept, choose_residents
+from diffusers_offload.policy import parse_bytes
+
+sizes = st.lists(st.integers(1, 1000), max_size=40)
+
+
+@given(sizes, st.floats(0, 1))
+def test_what_streams_never_exceeds_the_ratio(lengths, ratio):
+    stay = choose_residents(lengths, ratio)
+    streamed = sum(n for i, n in enumerate(lengths) if i not in stay)
+    assert streamed <= ratio * sum(lengths) * (1 + 1e-9)
+
+
+@given(sizes, st.integers(-10, 20_000))
+def test_what_is_kept_never_exceeds_the_room(lengths, room):
+    assert sum(lengths[i] for i in choose_kept(lengths, room)) <= max(0, room)
+
+
+@given(st.integers(1, 60), st.integers(1, 100), st.floats(0, 1))
+def test_residents_lie_evenly_among_equal_blocks(count, size, ratio):
+    stay = choose_residents([size] * count, ratio)
+    for start in range(count):
+        for stop in range(start + 1, count + 1):
+            streamed = sum(1 for i in range(start, stop) if i not in stay)
+            assert abs(streamed - ratio * (stop - start)) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("value", ["ten", -1, 0, "0GB", 1.5, True, "10 apples"])
+def test_wrong_sizes_are_refused(value):
+    with pytest.raises(ValueError, match="max_device_memory"):
+        parse_bytes("max_device_memory", value)
+
+
+def test_sizes_as_accelerate_reads_them():
+    assert parse_bytes("n", "10GiB") == 10 * 2**30
+    assert parse_bytes("n", "10GB") == 10 * 10**9
+    assert parse_bytes("n", 77) == 77
+    assert parse_bytes("n", None) is None
+
+
+def test_a_budget_that_cannot_hold_two_blocks_is_refused():
+    pipe = build("flux")
+    with pytest.raises(ValueError, match=r"max_device_memory=1000 is .* GiB too little.*two blocks"):
+        pipe.enable_block_offload(device="cpu", max_device_memory=1000)
+    assert pipe.block_offload is None
+    assert not hasattr(pipe.transformer, "_hf_hook")
+
+
+def needed(pipe):
+    pipe.enable_block_offload(device="cpu")
+    plan = pipe.block_offload.plan
+    pipe.disable_block_offload()
+    return plan
+
+
+@pytest.mark.parametrize("name", ["flux", "wan22", "sdxl"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 2.0])
+def test_the_rest_of_the_budget_holds_blocks(name, share):
+    pipe = build(name)
+    expected = run(pipe, name)
+    plan = needed(pipe)
+    denoiser = next(c for c in plan.components if c.name in ("transformer", "unet"))
+    limit = int((plan.device_bytes + 4096 + share * denoiser.streamed_bytes) * 1.02)
+    pipe.enable_block_offload(device="cpu", max_device_memory=limit)
+    for _ in range(2):
+        assert torch.equal(run(pipe, name), expected)
+    pipe.block_offload.reset()
+    assert torch.equal(run(pipe, name), expected)
+    moved = pipe.block_offload.report().bytes_loaded
+    pipe.disable_block_offload()
+    assert torch.equal(run(pipe, name), expected)
+
+    pipe.enable_block_offload(device="cpu")
+    run(pipe, name)
+    pipe.block_offload.reset()
+    run(pipe, name)
+    without = pipe.block_offload.report().bytes_loaded
+    assert moved < 0.9 * without if share else moved <= without
+
+
+def test_new_shapes_are_measured_before_anything_is_kept():
+    pipe = build("flux")
+    plan = needed(pipe)
+    expected = {side: run(pipe, "flux", height=side, width=side) for side in (64, 96)}
+    pipe.enable_block_offload(device="cpu", max_device_memory=4 * plan.device_bytes)
+    for side in (64, 96, 64, 64, 96):
+        assert torch.equal(run(pipe, "flux", height=side, width=side), expected[side])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("extra", [0, 16, 4096])
+def test_the_measured_peak_stays_under_the_budget(extra):
+    from diffusers_offload.demo import pipelines as zoo
+
+    pipe = zoo.build(
+        "flux",
+        dtype=torch.bfloat16,
+        num_attention_heads=16,
+        attention_head_dim=64,
+        num_layers=8,
+        num_single_layers=16,
+        axes_dims_rope=(16, 24, 24),
+    )
+    kwargs = {"height": 256, "width": 256, "num_inference_steps": 4}
+    pipe.to("cuda")
+    expected = run(pipe, "flux", **kwargs)
+    pipe.to("cpu")
+    torch.cuda.empty_cache()
+    pipe.enable_block_offload(device="cuda")
+    run(pipe, "flux", **kwargs)
+    torch.cuda.reset_peak_memory_stats()
+    run(pipe, "flux", **kwargs)
+    bare = torch.cuda.max_memory_allocated()
+    limit = int(bare * 1.03) + extra * 2**20
+    pipe.enable_block_offload(device="cuda", max_device_memory=limit)
+    peaks = []
+
+    def note(pipe, step, timestep, values):
+        peaks.append(torch.cuda.max_memory_allocated())  # measuring starts anew at each forward
+        return values
+
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        assert torch.equal(run(pipe, "flux", callback_on_step_end=note, **kwargs), expected)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert max(peaks) <= limit
+    pipe.block_offload.reset()
+    run(pipe, "flux", **kwargs)
+    assert pipe.block_offload.report().misses == 0

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from threading import Lock
 
 import torch
 
@@ -56,6 +57,7 @@ class PinnedTier:
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
         self._pins = streams.asynchronous
+        self._giving_up = Lock()
         self._staging: list[tuple[torch.Tensor, object]] = []
 
     def allocate(self, nbytes: int) -> HostMemory:
@@ -115,7 +117,10 @@ class PinnedTier:
 
     def _give_up(self, reason: object) -> None:
         """From now on memory stays pageable: said once, since every later request would fail as well."""
-        self._pins = False
+        with self._giving_up:
+            first, self._pins = self._pins, False
+        if not first:
+            return
         logger.warning(
             "host memory could not be pinned (%s): copying through a staging buffer of %d MiB instead, which "
             "is slower. Raise the limit on locked memory, or close programs that pin memory.",

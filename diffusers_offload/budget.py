@@ -31,12 +31,20 @@ class DeviceBudget:
     def __init__(self, limit: int, streams: Streams) -> None:
         self.limit = limit
         self._streams = streams
-        self._needs: dict[tuple[Component, tuple], int] = {}  # peak bytes without what is kept
+        self._needs: dict[tuple[Component, tuple], int] = {}  # peak bytes, less what is kept and others'
+        self._others = 0
+        self.seen = 0  # the highest peak so far, which measuring would otherwise lose
         self._shapes: dict[Component, tuple] = {}
 
-    def begin(self, component: Component, shapes: tuple) -> set[Unit]:
-        """What `component` may keep in the forward that begins with inputs of these shapes."""
+    def begin(self, component: Component, shapes: tuple, weights: int) -> set[Unit]:
+        """What `component` may keep in the forward that begins with inputs of these shapes.
+
+        Args:
+            weights: bytes of its weights, and the arena's, on the device now; what else is there is others'.
+        """
         self._shapes[component] = shapes
+        self._others = max(0, self._streams.allocated() - weights)
+        self.seen = max(self.seen, self._streams.peak())
         self._streams.begin_peak()
         return self._choose(component)
 
@@ -47,16 +55,19 @@ class DeviceBudget:
             weights: bytes of weights that were on the device for it anyway.
         """
         component.runs += 1
+        if component not in self._shapes:  # another component keeps blocks while this one runs
+            return set()
         kept = sum(unit.nbytes for unit in component.streamed if unit.keeps and unit.borrows)
         key = component, self._shapes[component]
-        self._needs[key] = max(self._needs.get(key, 0), self._streams.peak() - kept, weights)
+        need = max(self._streams.peak() - kept - self._others, weights)
+        self._needs[key] = max(self._needs.get(key, 0), need)
         return self._choose(component)
 
     def _choose(self, component: Component) -> set[Unit]:
-        need = self._needs.get((component, self._shapes[component]))
+        need = self._needs.get((component, self._shapes.get(component)))
         repeats = component.runs > 1 or any(unit.keeps for unit in component.streamed)
         if need is None or not repeats:
             return set()
         sizes = [unit.nbytes for unit in component.streamed]
-        chosen = choose_kept(sizes, int(self.limit * (1 - _RESERVE)) - need)
+        chosen = choose_kept(sizes, int(self.limit * (1 - _RESERVE)) - need - self._others)
         return {component.streamed[i] for i in chosen}

@@ -78,7 +78,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "--offload-ratio",
         type=_ratio,
         metavar="R",
-        help="share of the blocks' bytes that streams, 0.0 to 1.0; decided by itself if left out",
+        help="share of the blocks' bytes that streams, 0.0 to 1.0; 1.0 if left out",
     )
     parser.add_argument(
         "--output-dir",

@@ -50,7 +50,7 @@ class Unit:
         self.state = State.OFFLOADED
         self.component: Component | None = None
         self.number = -1  # among the streamed units of the engine
-        self.home = 0  # offset in the arena, bytes
+        self.home = self.end = 0  # its bytes in the arena, from and up to
         self.slot: torch.Tensor | None = None  # the bytes of the arena at its home
         self.used = False  # since it was loaded
         self.stream: Any = None  # that the forward under way computes on
@@ -146,6 +146,7 @@ class Engine:
         if component not in self.components:
             return
         self._withdraw(component)
+        self.streams.synchronize()  # copies from memory that is about to go
         for unit in component.units:
             unit.weights.restore()
             unit.slot = None
@@ -201,9 +202,11 @@ class Engine:
         self._stack.append(component)
         component.depth += 1
         try:
-            if self.budget is not None and outermost:
-                self.keep(component, self.budget.begin(component, shapes))
             self._bring(component)
+            if self.budget is not None and outermost:
+                others = [c for c in self.components if c is not component and self._kept_bytes(c)]
+                own = self._standing_bytes(component) + self._kept_bytes(component)
+                self.keep(component, set() if others else self.budget.begin(component, shapes, own))
             if component.depth == 1:
                 component.trace = []
                 if component.first is not None:
@@ -226,7 +229,8 @@ class Engine:
         if component.depth == 0 and component.trace:
             self._learn(component)
         if self.budget is not None and not self._stack:
-            self.keep(component, self.budget.end(component, self._standing_bytes(component)))
+            weights = self._weights_on_device() - self._kept_bytes(component)
+            self.keep(component, self.budget.end(component, weights))
         if not self._stack:
             caller, before = self._outside
             caller.wait_stream(self.streams.compute)
@@ -270,7 +274,7 @@ class Engine:
         stream = self.streams.current()
         if missed:
             self.counters.misses += 1
-            self._load(unit, stream)
+            self._load(unit, self._overwritten(unit), stream)
         self.counters.arrive(unit, stream)
         stream.wait_event(unit.ready)
         unit.weights.bind()
@@ -297,19 +301,21 @@ class Engine:
                 return
             unit = self.units[number]
             if unit.state is State.OFFLOADED:
-                for other in self._overwritten(unit):
+                if unit.keeps and not unit.component.present:
+                    return
+                in_the_way = self._overwritten(unit)
+                for other in in_the_way:
                     if other.state is State.IN_USE or other.number in ahead:
                         return
-                self._load(unit, current)
+                self._load(unit, in_the_way, current)
             ahead.add(number)
 
     # --- loading and dropping units -------------------------------------------------------------------
 
-    def _load(self, unit: Unit, current: Any = None) -> None:
+    def _load(self, unit: Unit, in_the_way: list[Unit], current: Any = None) -> None:
         if not unit.weights.is_intact():
             self._take_over(unit)
         fits = unit.slot is not None and unit.slot.numel() == unit.nbytes
-        in_the_way = self._overwritten(unit) if fits else []
         unit.borrows = not fits or any(o.state is State.IN_USE for o in in_the_way)
         if not unit.borrows:
             for other in in_the_way:
@@ -332,11 +338,8 @@ class Engine:
     def _overwritten(self, unit: Unit) -> list[Unit]:
         if unit.slot is None:
             return []
-        return [
-            other
-            for other in self._loaded
-            if other is not unit and arena.overlap(unit.home, unit.nbytes, other.home, other.nbytes)
-        ]
+        start, end = unit.home, unit.end
+        return [o for o in self._loaded if start < o.end and o.home < end and o is not unit]
 
     def _drop(self, unit: Unit) -> None:
         """The bytes of `unit` are free for whatever `load` does next."""
@@ -357,7 +360,7 @@ class Engine:
         unit.state = State.READY
         if changed:
             self._write_back(unit, changed)
-        if unit.borrows and not unit.keeps:
+        if unit.borrows and not (unit.keeps and unit.component.present):
             self._drop(unit)
 
     def _clear(self, units: list[Unit]) -> None:
@@ -426,7 +429,9 @@ class Engine:
         """Whether the two take turns within a step, so that sending one away would only bring it back."""
         pair = frozenset((present, coming))
         if present.displaced.get(coming, 0) >= 2 and coming.displaced.get(present, 0) >= 2:
-            self._alternating.add(pair)
+            together = self._standing_bytes(coming) + sum(unit.nbytes for unit in present.stem)
+            if self.budget is None or together <= self.budget.limit:
+                self._alternating.add(pair)
         return pair in self._alternating
 
     def _send_away(self, components: list[Component], coming: Component | None = None) -> None:
@@ -482,7 +487,7 @@ class Engine:
         units = [self.units[number] for number in order if not self.units[number].keeps]
         homes = arena.assign_homes([unit.nbytes for unit in units], self.arena.numel() - arena.BASE)
         for unit, home in zip(units, homes, strict=True):
-            unit.home = home
+            unit.home, unit.end = home, home + unit.nbytes
             unit.slot = self.arena[arena.BASE + home : arena.BASE + home + unit.nbytes]
 
     def _refit_arena(self) -> None:
@@ -513,6 +518,15 @@ class Engine:
         arena_bytes = self.arena.numel() if self.arena is not None else 0
         return residents + arena_bytes + sum(unit.nbytes for unit in component.stem)
 
+    def _kept_bytes(self, component: Component) -> int:
+        return sum(unit.nbytes for unit in component.streamed if unit.keeps and unit.borrows)
+
+    def _weights_on_device(self) -> int:
+        own = [unit for c in self.components for unit in c.residents]
+        own += [unit for c in self.components if c.present for unit in c.stem]
+        own += [unit for unit in self.units if unit.borrows]
+        return sum(unit.nbytes for unit in own) + (self.arena.numel() if self.arena is not None else 0)
+
     def _settle(self, unit: Unit) -> None:
         """Move a unit to the device, to stay."""
         if any(tensor.device != self.device for tensor in unit.weights.tensors):
@@ -528,6 +542,7 @@ class Engine:
 
     def _take_over(self, unit: Unit) -> None:
         """Somebody gave the tensors other bytes (`tensor.data = ...`, `.to(dtype)`): these count now."""
+        self.streams.synchronize()  # copies from the memory that they had
         unit.weights = self._renewed(unit.weights)
         unit.weights.move_to_host(self.tier.allocate(unit.weights.nbytes))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +16,13 @@ from tqdm.auto import tqdm
 from . import hooks, planner, slab
 from .budget import DeviceBudget
 from .engine import Component, Engine, Unit
+from .log import logger
 from .planner import ComponentPlan, Plan, UnitSize
 from .policy import OffloadPolicy
 from .report import GIB, Report
 from .streams import open_streams
 from .units import Anatomy, chunks, tensors_of
 from .weights import Weights
-
-logger = logging.getLogger("diffusers_offload")
 
 STEM_CHUNK = 256 * 2**20  # bytes moved at once, so that moving a large stem never doubles it
 _PROGRESS_FROM = GIB  # bytes from which on moving takes long enough to show a progress bar
@@ -95,7 +93,7 @@ class OffloadHandle:
         units = [unit for component in self._engine.components for unit in component.units]
         kept = sum(unit.nbytes for unit in units if unit.keeps and unit.borrows)
         hosts = [unit.weights.host for unit in units if unit.weights.host is not None]
-        arena = self._engine.arena
+        arena, budget = self._engine.arena, self._engine.budget
         return Report(
             forwards=counters.forwards,
             uses=counters.uses,
@@ -107,6 +105,7 @@ class OffloadHandle:
             stall_ms=stall,
             host_bytes=sum(host.bytes.numel() for host in hosts),
             pinned_bytes=sum(host.bytes.numel() for host in hosts if host.pinned),
+            peak_bytes=max(budget.seen if budget else 0, self._engine.streams.peak()),
             arena_bytes=arena.numel() if arena is not None else 0,
             resident_bytes=kept + sum(unit.nbytes for c in self._engine.components for unit in c.residents),
         )

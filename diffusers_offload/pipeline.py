@@ -6,7 +6,6 @@ anything is moved.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,11 +16,10 @@ from torch import nn
 from . import planner, slab
 from .handle import OffloadHandle, Target, held_policy, make_plan, why_not
 from .hooks import EngineHook
+from .log import logger
 from .policy import OffloadPolicy, Request, parse_bytes, parse_request
 from .streams import find_device
 from .units import dissect
-
-logger = logging.getLogger("diffusers_offload")
 
 _HANDLE = "_block_offload_handle"
 

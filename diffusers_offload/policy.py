@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from accelerate.utils.modeling import convert_file_size_to_int
-
 GRANULARITIES = ("resident", "model", "block")
 
 
@@ -60,6 +58,8 @@ def parse_bytes(name: str, value: int | str | None) -> int | None:
     """
     if value is None:
         return None
+    from accelerate.utils.modeling import convert_file_size_to_int  # heavy, and few ask for it
+
     try:
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise ValueError

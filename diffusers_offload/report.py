@@ -25,6 +25,8 @@ class Report:
         transfer_ms: device time of the copies that were timed (`measured()`), None if none were.
         stall_ms: device time that units waited for their copy, None likewise.
         host_bytes: bytes of host memory that hold weights; `pinned_bytes` of them are pinned.
+        peak_bytes: most bytes of tensors on the device at once, as torch measures it (since its statistics
+            were reset, or since enabling with `max_device_memory`, which resets them); 0 on the CPU.
         arena_bytes: bytes of the arena; `resident_bytes` those of weights that stay on the device.
     """
 
@@ -38,6 +40,7 @@ class Report:
     stall_ms: float | None
     host_bytes: int
     pinned_bytes: int
+    peak_bytes: int
     arena_bytes: int
     resident_bytes: int
 
@@ -56,6 +59,7 @@ class Report:
             ("moved to the device", f"{self.bytes_loaded / GIB:.3f} GiB in {self.loads} loads"),
             ("written back", f"{self.write_backs} tensors"),
             ("host memory", f"{self.host_bytes / GIB:.3f} GiB ({self.pinned_bytes / GIB:.3f} pinned)"),
+            ("peak device memory", f"{self.peak_bytes / GIB:.3f} GiB" if self.peak_bytes else "not counted"),
             ("arena", f"{self.arena_bytes / GIB:.3f} GiB"),
             ("resident", f"{self.resident_bytes / GIB:.3f} GiB"),
         ]

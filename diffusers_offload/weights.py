@@ -23,6 +23,7 @@ class Weights:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.tensors = list(tensors)
         self.layout = slab.lay_out(self.tensors)
+        self.nbytes = self.layout.nbytes
         self.host: HostMemory | None = None
         self.moved = False
         self.origin = [tensor.device for tensor in self.tensors]
@@ -30,13 +31,15 @@ class Weights:
         self._host_addresses: list[int] = []
         self._device_views: list[torch.Tensor] = []
         self._placed_at: int | None = None
-        # Tensors made in inference mode do not count how often they were written to.
-        self._counting = [i for i, tensor in enumerate(self.tensors) if not tensor.is_inference()]
+        # Tensors made in inference mode do not count how often they were written to: buffers among them
+        # are taken to be written in every use.
+        self._uncounted = [
+            i
+            for i, t in enumerate(self.tensors)
+            if t.is_inference() and not isinstance(t, torch.nn.Parameter)
+        ]
+        self._counting = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self._versions: list[int] = []
-
-    @property
-    def nbytes(self) -> int:
-        return self.layout.nbytes
 
     def move_to_host(self, host: HostMemory) -> None:
         """Copy the tensors from where they are into `host` and let go of where they were."""
@@ -70,8 +73,10 @@ class Weights:
         versions = self._count_writes()
         self._point_at(self._host_views)
         if versions == self._versions:
-            return []
-        return [i for i, a, b in zip(self._counting, versions, self._versions, strict=True) if a != b]
+            return self._uncounted
+        pairs = zip(self._counting, versions, self._versions, strict=True)
+        written = {id(tensor) for tensor, now, before in pairs if now != before}
+        return [i for i, tensor in enumerate(self.tensors) if id(tensor) in written] + self._uncounted
 
     def write_back(self, changed: Sequence[int]) -> None:
         """Queue, on the current stream, the copies of `changed` from the device to the host."""
@@ -91,8 +96,7 @@ class Weights:
         self.host, self._host_views = None, []
 
     def _count_writes(self) -> list[int]:
-        tensors = self.tensors
-        return [tensors[i]._version for i in self._counting]
+        return [tensor._version for tensor in self._counting]
 
     def _point_at(self, views: Sequence[torch.Tensor]) -> None:
         for tensor, view in zip(self.tensors, views):  # noqa: B905 (the same length by construction; this is hot)

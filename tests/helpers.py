@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from diffusers_offload.demo import pipelines as zoo
@@ -20,3 +24,17 @@ def run(pipe, name: str, seed: int = 0, **changes) -> torch.Tensor:
 
 def weights_of(module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+@contextmanager
+def warnings_of_ours() -> Iterator[list[logging.LogRecord]]:
+    """What the package warns of within; Diffusers' loggers do not propagate to where pytest listens."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    logger = logging.getLogger("diffusers.block_offload")
+    logger.addHandler(handler)
+    try:
+        yield records
+    finally:
+        logger.removeHandler(handler)

@@ -135,3 +135,24 @@ def test_the_measured_peak_stays_under_the_budget(extra):
     pipe.block_offload.reset()
     run(pipe, "flux", **kwargs)
     assert pipe.block_offload.report().misses == 0
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan22", "flux-controlnet", "sdxl-controlnet"])
+def test_weights_on_the_device_never_exceed_the_budget(name, monkeypatch):
+    from diffusers_offload.engine import Engine
+
+    most = 0
+
+    def watched(self, *args, real=Engine.acquire):
+        nonlocal most
+        real(self, *args)
+        most = max(most, self._weights_on_device())
+
+    monkeypatch.setattr(Engine, "acquire", watched)
+    pipe = build(name)
+    expected = run(pipe, name)
+    limit = int(needed(pipe).device_bytes * 1.5)
+    pipe.enable_block_offload(device="cpu", max_device_memory=limit)
+    for _ in range(3):
+        assert torch.equal(run(pipe, name), expected)
+    assert 0 < most <= limit

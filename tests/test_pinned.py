@@ -1,10 +1,8 @@
 """Host memory: pinned at its exact size; where that is refused, slower but right."""
 
-import logging
-
 import pytest
 import torch
-from helpers import build, run
+from helpers import build, run, warnings_of_ours
 
 from diffusers_offload.streams import find_device, open_streams
 from diffusers_offload.tiers import pinned
@@ -43,7 +41,7 @@ class Refusing:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("staging", ["there", "refused as well"])
-def test_refused_pinning_gives_one_warning_and_right_results(staging, monkeypatch, caplog):
+def test_refused_pinning_gives_one_warning_and_right_results(staging, monkeypatch):
     pipe = build("flux", device="cuda")
     expected = run(pipe, "flux")
     pipe.to("cpu")
@@ -58,11 +56,11 @@ def test_refused_pinning_gives_one_warning_and_right_results(staging, monkeypatc
             return empty(*args, **kwargs)
 
         monkeypatch.setattr(torch, "empty", refuse)
-    with caplog.at_level(logging.WARNING, logger="diffusers_offload"):
+    with warnings_of_ours() as records:
         pipe.enable_block_offload(device="cuda")
         for _ in range(2):
             assert torch.equal(run(pipe, "flux"), expected)
-    assert len([r for r in caplog.records if "could not be pinned" in r.getMessage()]) == 1
+    assert len([r for r in records if "could not be pinned" in r.getMessage()]) == 1
     assert pipe.block_offload.report().pinned_bytes == 0
     pipe.disable_block_offload()
     assert torch.equal(run(pipe.to("cuda"), "flux"), expected)

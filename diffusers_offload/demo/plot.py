@@ -1,4 +1,4 @@
-"""The plot of memory over time. Needs matplotlib: `pip install diffusers-offload[plot]`."""
+"""The plot of memory over time. Needs matplotlib, which the extra `plot` brings."""
 
 from __future__ import annotations
 

@@ -319,7 +319,7 @@ def _save(name: str, resident: Run | None, offloaded: Run, plan: Plan, folder: P
             arena_bytes=plan.arena_bytes,
         )
     except ImportError:
-        _say("No plot of the memory over time: pip install 'diffusers-offload[plot]'")
+        _say("No plot of the memory over time: install matplotlib (the extra `plot`)")
     else:
         _say(f"Memory over time: {plot}")
 

@@ -7,7 +7,6 @@ pageable and travels through a small pinned staging buffer: slower, never wrong.
 
 from __future__ import annotations
 
-import logging
 import mmap
 import sys
 from collections import deque
@@ -19,10 +18,9 @@ from threading import Lock
 
 import torch
 
+from ..log import logger
 from ..slab import align
 from ..streams import Streams
-
-logger = logging.getLogger("diffusers_offload")
 
 STAGING_BYTES = 16 * 2**20  # one piece on its way while the next is filled: 55 GB/s need >= 16 MiB a copy
 _PREPARED_AHEAD = 2  # units whose memory is made ready while another moves in

@@ -40,6 +40,9 @@ class State(Enum):
     RESIDENT = "resident"
 
 
+_WAITING = (State.LOADING, State.READY)  # on the device, and not in use
+
+
 class Unit:
     """What moves as a whole: its weights, its state and its two events."""
 
@@ -196,6 +199,7 @@ class Engine:
         """
         outermost = not self._stack
         if outermost:
+            self._drop_stale([unit for unit in self.units if unit.state in _WAITING])
             caller = self.streams.current()
             self.streams.compute.wait_stream(caller)
             self._outside = (caller, self.streams.switch(self.streams.compute))
@@ -256,6 +260,11 @@ class Engine:
     def call_ended(self) -> None:
         """The pipeline's call is over: what came for it leaves."""
         self._send_away([c for c in self.components if c.present and not c.depth])
+        # What was loaded ahead is dropped, too: before the next call, the user may edit weights in ways
+        # that leave no trace (`weight.data.add_()`).
+        for unit in self.units:
+            if unit.state in _WAITING:
+                self._drop(unit)
         for component in self.components:
             component.displaced.clear()
             component.runs = 0
@@ -269,13 +278,16 @@ class Engine:
         self.order.observe(unit.number)
         if unit.component.depth:
             unit.component.trace.append(unit.number)
+        elif unit.state in _WAITING:
+            self._drop_stale([unit])
         self.counters.uses += 1
         missed = unit.state is State.OFFLOADED
         stream = self.streams.current()
         if missed:
             self.counters.misses += 1
             self._load(unit, self._overwritten(unit), stream)
-        self.counters.arrive(unit, stream)
+        if self.counters.timing:
+            self.counters.arrive(unit, stream)
         stream.wait_event(unit.ready)
         unit.weights.bind()
         unit.state = State.IN_USE
@@ -340,6 +352,12 @@ class Engine:
             return []
         start, end = unit.home, unit.end
         return [o for o in self._loaded if start < o.end and o.home < end and o is not unit]
+
+    def _drop_stale(self, units: list[Unit]) -> None:
+        """Drop those that were edited after their load was queued: the next load brings what counts."""
+        for unit in units:
+            if unit.weights.note_edits():
+                self._drop(unit)
 
     def _drop(self, unit: Unit) -> None:
         """The bytes of `unit` are free for whatever `load` does next."""

@@ -30,7 +30,7 @@ class Weights:
         self._host_views: list[torch.Tensor] = []
         self._host_addresses: list[int] = []
         self._device_views: list[torch.Tensor] = []
-        self._placed_at: int | None = None
+        self._place: torch.Tensor | None = None
         # Tensors made in inference mode do not count how often they were written to: buffers among them
         # are taken to be written in every use.
         self._uncounted = [
@@ -48,6 +48,7 @@ class Weights:
         self._host_views = slab.views(self.layout, host.bytes)
         self._point_at(self._host_views)
         self._host_addresses = [tensor.data_ptr() for tensor in self.tensors]
+        self._versions = self._count_writes()
 
     def move_to_device(self, buffer: torch.Tensor) -> None:
         """Copy the tensors from where they are into `buffer` and stay there; the host keeps nothing."""
@@ -58,15 +59,13 @@ class Weights:
 
     def place(self, buffer: torch.Tensor | None) -> None:
         """From now on `bind` points the tensors into `buffer` (uint8, on the device); None: nowhere."""
-        address = buffer.data_ptr() if buffer is not None else None
-        if address != self._placed_at:  # a unit that returns to its home finds its views there
+        if buffer is not self._place:  # a unit that returns to its home finds its views there
             self._device_views = slab.views(self.layout, buffer) if buffer is not None else []
-            self._placed_at = address
+            self._place = buffer
 
     def bind(self) -> None:
         """Point the tensors at the device bytes."""
         self._point_at(self._device_views)
-        self._versions = self._count_writes()
 
     def unbind(self) -> list[int]:
         """Point the tensors at the host bytes; returns which of them were written to while bound."""
@@ -74,7 +73,8 @@ class Weights:
         self._point_at(self._host_views)
         if versions == self._versions:
             return self._uncounted
-        pairs = zip(self._counting, versions, self._versions, strict=True)
+        self._versions, earlier = versions, self._versions
+        pairs = zip(self._counting, versions, earlier, strict=True)
         written = {id(tensor) for tensor, now, before in pairs if now != before}
         return [i for i, tensor in enumerate(self.tensors) if id(tensor) in written] + self._uncounted
 
@@ -86,6 +86,14 @@ class Weights:
     def is_intact(self) -> bool:
         """Whether the unbound tensors still point at the host bytes: false after `tensor.data = ...`."""
         return self._host_addresses == [tensor.data_ptr() for tensor in self.tensors]
+
+    def note_edits(self) -> bool:
+        """Whether the unbound tensors were replaced or written to since they were last bound, or noted.
+
+        What is written now goes to the host bytes, so it is no write of the device's.
+        """
+        versions, self._versions = self._versions, self._count_writes()
+        return versions != self._versions or not self.is_intact()
 
     def restore(self) -> None:
         """Give the tensors storage of their own again, on the devices they came from."""

@@ -328,3 +328,47 @@ def test_uninstall_is_the_inverse_of_install():
         diffusers_offload.install()
     pipe.enable_block_offload(device="cpu")
     assert torch.equal(run(pipe, "flux"), expected)
+
+
+@pytest.mark.parametrize("how", ["in place", "by data", "replaced"])
+@pytest.mark.parametrize("index", [0, 1, -1])
+def test_weights_edited_while_offloaded_count_from_the_next_forward_on(index, how, device):
+    def edit(block):
+        weight = block.attn.to_q.weight
+        with torch.no_grad():
+            if how == "in place":
+                weight.mul_(1.5)
+            elif how == "by data":
+                weight.data = weight.data * 1.5
+            else:
+                weight.data = (weight.data.double() * 1.5).to(weight.dtype)
+
+    pipe = build("flux", device=device)
+    before = run(pipe, "flux")
+    edit(pipe.transformer.transformer_blocks[index])
+    expected = run(pipe, "flux")
+    assert not torch.equal(before, expected)
+
+    pipe = build("flux")
+    pipe.enable_block_offload(device=device)
+    assert torch.equal(run(pipe, "flux"), before)
+    edit(pipe.transformer.transformer_blocks[index])
+    assert torch.equal(run(pipe, "flux"), expected)
+    assert torch.equal(run(pipe, "flux"), expected)
+    pipe.disable_block_offload()
+    assert torch.equal(run(pipe.to(device), "flux"), expected)
+
+
+def test_weights_edited_between_two_steps_count_in_the_second(device):
+    def edit(pipe, step, timestep, values):
+        if step == 0:
+            with torch.no_grad():
+                pipe.transformer.transformer_blocks[0].attn.to_q.weight.mul_(1.5)
+        return values
+
+    pipe = build("flux", device=device)
+    before, expected = run(pipe, "flux"), run(pipe, "flux", callback_on_step_end=edit)
+    assert not torch.equal(before, expected)
+    pipe = build("flux")
+    pipe.enable_block_offload(device=device)
+    assert torch.equal(run(pipe, "flux", callback_on_step_end=edit), expected)

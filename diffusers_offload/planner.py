@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from . import arena
 from .policy import OffloadPolicy
-from .report import GIB, table
+from .report import size_text, table
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,16 @@ class Plan:
             (
                 component.name,
                 component.policy.granularity,
-                f"{len(component.streamed)} x, {component.streamed_bytes / GIB:.3f} GiB",
-                f"{len(component.residents)} x, {component.resident_bytes / GIB:.3f} GiB",
-                f"{component.stem_bytes / GIB:.3f} GiB",
+                f"{len(component.streamed)} x, {size_text(component.streamed_bytes)}",
+                f"{len(component.residents)} x, {size_text(component.resident_bytes)}",
+                size_text(component.stem_bytes),
             )
             for component in self.components
         ]
         return (
             f"{table(header, rows)}\n"
-            f"arena {self.arena_bytes / GIB:.3f} GiB; weights on {self.device} at most "
-            f"{self.device_bytes / GIB:.3f} GiB, on the host {self.host_bytes / GIB:.3f} GiB"
+            f"arena {size_text(self.arena_bytes)}; weights on {self.device} at most "
+            f"{size_text(self.device_bytes)}, on the host {size_text(self.host_bytes)}"
         )
 
 
@@ -119,15 +119,13 @@ def check_budget(plan: Plan, limit: int) -> None:
     """Raise ValueError if the weights that must be on the device at once exceed `limit` bytes."""
     if plan.device_bytes <= limit:
         return
-    parts = [f"{plan.arena_bytes / GIB:.3f} GiB for the arena (two blocks)"] if plan.arena_bytes else []
+    parts = [f"{size_text(plan.arena_bytes)} for the arena (two blocks)"] if plan.arena_bytes else []
     stem = max(plan.components, key=lambda component: component.stem_bytes)
     if stem.stem_bytes:
-        parts.append(f"{stem.stem_bytes / GIB:.3f} GiB for what of {stem.name} does not stream")
-    parts += [
-        f"{c.resident_bytes / GIB:.3f} GiB that stay of {c.name}" for c in plan.components if c.residents
-    ]
+        parts.append(f"{size_text(stem.stem_bytes)} for what of {stem.name} does not stream")
+    parts += [f"{size_text(c.resident_bytes)} that stay of {c.name}" for c in plan.components if c.residents]
     raise ValueError(
-        f"max_device_memory={limit} is {(plan.device_bytes - limit) / GIB:.3f} GiB too little for the weights alone: "
+        f"max_device_memory={limit} is {size_text(plan.device_bytes - limit)} too little for the weights alone: "
         f"they need {', '.join(parts)}. Give more, or stream more: the policy 'block' for that component, "
         "a larger offload_ratio, 'model' instead of 'resident'."
     )

@@ -56,12 +56,12 @@ class Report:
             ("forwards", f"{self.forwards}"),
             ("unit uses", f"{self.uses}"),
             ("misses", f"{self.misses}"),
-            ("moved to the device", f"{self.bytes_loaded / GIB:.3f} GiB in {self.loads} loads"),
+            ("moved to the device", f"{size_text(self.bytes_loaded)} in {self.loads} loads"),
             ("written back", f"{self.write_backs} tensors"),
-            ("host memory", f"{self.host_bytes / GIB:.3f} GiB ({self.pinned_bytes / GIB:.3f} pinned)"),
-            ("peak device memory", f"{self.peak_bytes / GIB:.3f} GiB" if self.peak_bytes else "not counted"),
-            ("arena", f"{self.arena_bytes / GIB:.3f} GiB"),
-            ("resident", f"{self.resident_bytes / GIB:.3f} GiB"),
+            ("host memory", f"{size_text(self.host_bytes)} ({size_text(self.pinned_bytes)} pinned)"),
+            ("peak device memory", size_text(self.peak_bytes) if self.peak_bytes else "not counted"),
+            ("arena", size_text(self.arena_bytes)),
+            ("resident", size_text(self.resident_bytes)),
         ]
         if self.hidden is not None:
             rows.append(
@@ -74,6 +74,14 @@ class Report:
 
     def __str__(self) -> str:
         return table(("offload", ""), self.rows())
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes in a unit that suits them: "22.19 GiB", "3.40 MiB", "0"."""
+    for unit, scale in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes:.0f} B" if nbytes else "0"
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -19,7 +19,7 @@ from torch import nn
 
 import diffusers_offload  # noqa: F401  gives pipelines their method
 
-from ..report import Report, table
+from ..report import Report, size_text, table
 from ..streams import find_device
 from ..units import tensors_of
 from .memory import MemorySampler, Sample
@@ -252,14 +252,6 @@ def rows(
         ("share of the transfer hidden", NONE, hidden),
         ("equal to the bit", NONE, {None: "not compared", True: "yes", False: "NO"}[equal]),
     ]
-
-
-def size_text(nbytes: float) -> str:
-    """Bytes in a unit that suits them: "22.19 GiB", "3.40 MiB", "0"."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}"
-    return f"{nbytes:.0f} B" if nbytes else "0"
 
 
 def _run_resident(

@@ -1,4 +1,4 @@
-"""The arena: one device buffer in which the streamed units take turns. Here is its arithmetic.
+"""The arena: one device buffer in which the streamed units take turns, and the arithmetic of their homes.
 
 Each unit has a *home*, an offset that stays the same from step to step, so that device addresses repeat.
 Homes overlap: a unit may be loaded once every unit whose bytes it overwrites has been used.
@@ -7,10 +7,45 @@ Homes overlap: a unit may be loaded once every unit whose bytes it overwrites ha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .slab import align
 
-BASE = 256  # views never start at 0: torch.compile specialises on the storage offsets 0 and 1
+if TYPE_CHECKING:
+    import torch
+
+    from .component import Unit
+
+
+class Arena:
+    """The buffer, and which units lie in it.
+
+    Attributes:
+        buffer: uint8, on the device; None while nothing streams.
+        lying: the units whose bytes are in the buffer or on their way there, in the order of their loads.
+    """
+
+    def __init__(self) -> None:
+        self.buffer: torch.Tensor | None = None
+        self.lying: list[Unit] = []
+
+    @property
+    def capacity(self) -> int:
+        return self.buffer.numel() if self.buffer is not None else 0
+
+    def assign(self, units: Sequence[Unit]) -> None:
+        """Give `units`, in the order of a cycle, their homes; none of them may lie in the arena."""
+        homes = assign_homes([unit.nbytes for unit in units], self.capacity)
+        for unit, home in zip(units, homes, strict=True):
+            unit.home, unit.end = home, home + unit.nbytes
+            unit.slot = self.buffer[unit.home : unit.end]
+
+    def overwritten_by(self, unit: Unit) -> list[Unit]:
+        """The units whose bytes a load of `unit` to its home would overwrite."""
+        if unit.slot is None:
+            return []
+        start, end = unit.home, unit.end
+        return [other for other in self.lying if start < other.end and other.home < end and other is not unit]
 
 
 def capacity_for(sizes: Sequence[int]) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .planner import choose_kept
 
 if TYPE_CHECKING:
-    from .engine import Component, Unit
+    from .component import Component, Unit
     from .streams import Streams
 
 _RESERVE = 0.01  # of the bound: kept buffers are rounded up by the allocator
@@ -57,9 +57,8 @@ class DeviceBudget:
         component.runs += 1
         if component not in self._shapes:  # another component keeps blocks while this one runs
             return set()
-        kept = sum(unit.nbytes for unit in component.streamed if unit.keeps and unit.borrows)
         key = component, self._shapes[component]
-        need = max(self._streams.peak() - kept - self._others, weights)
+        need = max(self._streams.peak() - component.kept_bytes - self._others, weights)
         self._needs[key] = max(self._needs.get(key, 0), need)
         return self._choose(component)
 

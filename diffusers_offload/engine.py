@@ -1,95 +1,28 @@
 """The engine: loads units before they are needed, binds them while they compute, lets them go.
 
-Deciding is done elsewhere (`order`, `arena`, `planner`); this is the only place that touches streams.
-What makes each step safe:
+Deciding is done elsewhere (`order`, `arena`, `budget`), copying in `transfers`. What makes each step safe:
 
 - a unit computes after its *ready* event (recorded on `load` behind its copy);
 - a unit is overwritten after the *done* event of its last use (recorded on the stream that used it);
-- device memory is allocated on `load` and dropped only once `load` waits for its last users, so that the
-  allocator, which reuses memory in stream order, cannot hand it out too early.
+- device memory is dropped only once `load` waits for its last users (see `transfers`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from itertools import islice
 from typing import Any
 
-import torch
-
-from . import arena
+from .arena import Arena, capacity_for
 from .budget import DeviceBudget
+from .component import WAITING, Component, State, Unit
 from .order import Order
 from .report import Counters
 from .streams import Streams
-from .tiers.pinned import PinnedTier
-from .weights import Weights
+from .transfers import Transfers, renewed
 
 _EMPTY_CACHE_FROM = 64 * 2**20  # bytes worth a cudaFree once a component has left
-
-
-class State(Enum):
-    """Where a unit is on its way. Only the engine changes it."""
-
-    OFFLOADED = "offloaded"
-    LOADING = "loading"  # its load is queued
-    IN_USE = "in_use"  # its tensors are bound to the device
-    READY = "ready"  # used and still in place: free to be used again, or overwritten
-    RESIDENT = "resident"
-
-
-_WAITING = (State.LOADING, State.READY)  # on the device, and not in use
-
-
-class Unit:
-    """What moves as a whole: its weights, its state and its two events."""
-
-    def __init__(self, name: str, module: torch.nn.Module | None, weights: Weights) -> None:
-        self.name = name
-        self.module = module
-        self.weights = weights
-        self.state = State.OFFLOADED
-        self.component: Component | None = None
-        self.number = -1  # among the streamed units of the engine
-        self.home = self.end = 0  # its bytes in the arena, from and up to
-        self.slot: torch.Tensor | None = None  # the bytes of the arena at its home
-        self.used = False  # since it was loaded
-        self.stream: Any = None  # that the forward under way computes on
-        self.keeps = False  # once loaded, stays until its component leaves
-        self.borrows = False  # lies outside the arena, in a buffer of its own
-        self.ready: Any = None
-        self.done: Any = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.weights.nbytes
-
-
-class Component:
-    """A module of the pipeline: its stem, which comes and goes as a whole, and its units."""
-
-    def __init__(self, name: str, module: torch.nn.Module) -> None:
-        self.name = name
-        self.module = module
-        self.stem: list[Unit] = []
-        self.streamed: list[Unit] = []
-        self.residents: list[Unit] = []
-        self.present = False  # the stem is on the device
-        self.needs: list[Component] = []  # components whose stems hold tensors of this one as well
-        self.depth = 0  # forwards under way
-        self.users: list[Any] = []  # streams that used the stem since it came
-        self.first: int | None = None  # the unit that its forward began with last time
-        self.trace: list[int] = []  # the units of the forward under way
-        self.order: list[int] = []  # of its units, as the homes were assigned for it
-        self.runs = 0  # forwards in this call
-        self.surprise: list[int] | None = None  # the last order that the homes did not suit
-        self.displaced: dict[Component, int] = {}  # how often who made the stem leave in this call
-
-    @property
-    def units(self) -> list[Unit]:
-        return [*self.stem, *self.residents, *self.streamed]
 
 
 class Engine:
@@ -99,13 +32,12 @@ class Engine:
         self.streams = streams
         self.budget = budget
         self.device = streams.device
-        self.tier = PinnedTier(streams)
         self.counters = Counters(streams=streams)
         self.components: list[Component] = []
         self.units: list[Unit] = []  # streamed ones, by number
-        self.arena: torch.Tensor | None = None
+        self.arena = Arena()
         self.order = Order({})
-        self._loaded: list[Unit] = []  # what lies in the arena, in the order it was loaded
+        self._transfers = Transfers(streams, self.counters)
         self._stack: list[Component] = []  # forwards under way, outermost first
         self._outside: Any = None  # what was current before the outermost forward
         self._alternating: set[frozenset[Component]] = set()
@@ -119,10 +51,11 @@ class Engine:
             unit.component = component
             unit.ready, unit.done = self.streams.event(), self.streams.event()
         for unit in component.residents:
-            self._settle(unit)
+            self._transfers.settle(unit)
             yield unit
         moving = [*component.stem, *component.streamed]
-        for unit, host in zip(moving, self.tier.prepare([unit.nbytes for unit in moving]), strict=True):
+        memory = self._transfers.tier.prepare([unit.nbytes for unit in moving])
+        for unit, host in zip(moving, memory, strict=True):
             unit.weights.move_to_host(host)
             yield unit
 
@@ -137,12 +70,9 @@ class Engine:
             component.first = numbers[0] if numbers else None
             successors.update(zip(numbers, numbers[1:] + numbers[:1], strict=True))
         self.order = Order(successors)
-        if not self.units:
-            return
-        capacity = max(arena.capacity_for([u.nbytes for u in c.streamed]) for c in self.components)
-        self.arena = self._allocate(arena.BASE + capacity)
         for component in self.components:
-            self._assign_homes(component, [unit.number for unit in component.streamed])
+            component.order = [unit.number for unit in component.streamed]
+        self._fit_arena()
 
     def release_component(self, component: Component) -> None:
         """Give a component its weights back, on the devices they came from."""
@@ -152,11 +82,10 @@ class Engine:
         self.streams.synchronize()  # copies from memory that is about to go
         for unit in component.units:
             unit.weights.restore()
-            unit.slot = None
             unit.state = State.RESIDENT  # where it was: whoever still predicts it finds nothing to load
         self.components.remove(component)
         if not any(other.streamed for other in self.components):
-            self.arena = None
+            self.arena.buffer = None
         self.streams.empty_cache()
 
     def make_resident(self, unit: Unit) -> None:
@@ -165,10 +94,8 @@ class Engine:
         if component not in self.components or unit not in component.streamed:
             return
         self._clear([unit])
-        origin = unit.weights.origin
-        unit.weights = Weights(unit.weights.tensors)
-        self._settle(unit)
-        unit.weights.origin = origin
+        unit.weights = renewed(unit.weights)
+        self._transfers.settle(unit)
         component.streamed.remove(unit)
         component.residents.append(unit)
 
@@ -181,11 +108,11 @@ class Engine:
         finally:  # whatever the editor managed to change before it failed is what counts
             for unit in [*component.stem, *component.streamed]:
                 if not unit.weights.is_intact():
-                    self._take_over(unit)
+                    self._transfers.take_over(unit)
             for unit in component.residents:
-                unit.weights = self._renewed(unit.weights)
-                self._settle(unit)
-            self._refit_arena()
+                unit.weights = renewed(unit.weights)
+                self._transfers.settle(unit)
+            self._fit_arena()
             if component.depth:
                 self._bring(component)
 
@@ -199,7 +126,7 @@ class Engine:
         """
         outermost = not self._stack
         if outermost:
-            self._drop_stale([unit for unit in self.units if unit.state in _WAITING])
+            self._drop_stale([unit for unit in self.units if unit.state in WAITING])
             caller = self.streams.current()
             self.streams.compute.wait_stream(caller)
             self._outside = (caller, self.streams.switch(self.streams.compute))
@@ -208,9 +135,9 @@ class Engine:
         try:
             self._bring(component)
             if self.budget is not None and outermost:
-                others = [c for c in self.components if c is not component and self._kept_bytes(c)]
-                own = self._standing_bytes(component) + self._kept_bytes(component)
-                self.keep(component, set() if others else self.budget.begin(component, shapes, own))
+                others_keep = any(c.kept_bytes for c in self.components if c is not component)
+                own = self._standing_bytes(component) + component.kept_bytes
+                self.keep(component, set() if others_keep else self.budget.begin(component, shapes, own))
             if component.depth == 1:
                 component.trace = []
                 if component.first is not None:
@@ -230,16 +157,18 @@ class Engine:
             left.depth -= 1
             if left is component:
                 break
-        if component.depth == 0 and component.trace:
-            self._learn(component)
-        if self.budget is not None and not self._stack:
-            weights = self._weights_on_device() - self._kept_bytes(component)
-            self.keep(component, self.budget.end(component, weights))
-        if not self._stack:
-            caller, before = self._outside
-            caller.wait_stream(self.streams.compute)
-            self.streams.restore(before)
-            self._outside = None
+        try:
+            if component.depth == 0 and component.trace:
+                self._learn(component)
+            if self.budget is not None and not self._stack:
+                weights = self.weights_on_device() - component.kept_bytes
+                self.keep(component, self.budget.end(component, weights))
+        finally:
+            if not self._stack:
+                caller, before = self._outside
+                caller.wait_stream(self.streams.compute)
+                self.streams.restore(before)
+                self._outside = None
 
     def touch(self, component: Component) -> None:
         """`component` is used without its forward (`vae.decode`): bring its stem to the caller's stream."""
@@ -263,7 +192,7 @@ class Engine:
         # What was loaded ahead is dropped, too: before the next call, the user may edit weights in ways
         # that leave no trace (`weight.data.add_()`).
         for unit in self.units:
-            if unit.state in _WAITING:
+            if unit.state in WAITING:
                 self._drop(unit)
         for component in self.components:
             component.displaced.clear()
@@ -278,14 +207,14 @@ class Engine:
         self.order.observe(unit.number)
         if unit.component.depth:
             unit.component.trace.append(unit.number)
-        elif unit.state in _WAITING:
+        elif unit.state in WAITING:
             self._drop_stale([unit])
         self.counters.uses += 1
         missed = unit.state is State.OFFLOADED
         stream = self.streams.current()
         if missed:
             self.counters.misses += 1
-            self._load(unit, self._overwritten(unit), stream)
+            self._load(unit, self.arena.overwritten_by(unit), stream)
         if self.counters.timing:
             self.counters.arrive(unit, stream)
         stream.wait_event(unit.ready)
@@ -315,7 +244,7 @@ class Engine:
             if unit.state is State.OFFLOADED:
                 if unit.keeps and not unit.component.present:
                     return
-                in_the_way = self._overwritten(unit)
+                in_the_way = self.arena.overwritten_by(unit)
                 for other in in_the_way:
                     if other.state is State.IN_USE or other.number in ahead:
                         return
@@ -326,32 +255,16 @@ class Engine:
 
     def _load(self, unit: Unit, in_the_way: list[Unit], current: Any = None) -> None:
         if not unit.weights.is_intact():
-            self._take_over(unit)
+            self._transfers.take_over(unit)
         fits = unit.slot is not None and unit.slot.numel() == unit.nbytes
-        unit.borrows = not fits or any(o.state is State.IN_USE for o in in_the_way)
-        if not unit.borrows:
-            for other in in_the_way:
-                self._drop(other)
-        slot = self._allocate(arena.BASE + unit.nbytes)[arena.BASE :] if unit.borrows else unit.slot
-        unit.weights.place(slot)
-        before = self.streams.switch(self.streams.load, current)
-        try:
-            self.counters.depart(unit, self.streams.load)
-            self.tier.load(unit.weights.host, slot)
-            unit.ready.record(self.streams.load)
-            self.counters.loaded(unit, self.streams.load)
-        finally:
-            self.streams.restore(before)
-        unit.state = State.LOADING
-        unit.used = False
-        if not unit.borrows:
-            self._loaded.append(unit)
-
-    def _overwritten(self, unit: Unit) -> list[Unit]:
-        if unit.slot is None:
-            return []
-        start, end = unit.home, unit.end
-        return [o for o in self._loaded if start < o.end and o.home < end and o is not unit]
+        unit.borrows = not fits or any(other.state is State.IN_USE for other in in_the_way)
+        if unit.borrows:
+            self._transfers.load(unit, self._transfers.allocate(unit.nbytes), current)
+            return
+        for other in in_the_way:
+            self._drop(other)
+        self._transfers.load(unit, unit.slot, current)
+        self.arena.lying.append(unit)
 
     def _drop_stale(self, units: list[Unit]) -> None:
         """Drop those that were edited after their load was queued: the next load brings what counts."""
@@ -368,7 +281,7 @@ class Engine:
             unit.weights.place(None)
             unit.borrows = False
         else:
-            self._loaded.remove(unit)
+            self.arena.lying.remove(unit)
 
     def _retire(self, unit: Unit, stream: Any) -> None:
         """The unit's use is over: what it reads is the host's again, its bytes may be overwritten."""
@@ -377,7 +290,7 @@ class Engine:
         unit.used = True
         unit.state = State.READY
         if changed:
-            self._write_back(unit, changed)
+            self._transfers.write_back(unit, changed)
         if unit.borrows and not (unit.keeps and unit.component.present):
             self._drop(unit)
 
@@ -386,27 +299,10 @@ class Engine:
         for unit in units:
             if unit.state is State.IN_USE:
                 self._retire(unit, unit.stream)
-            if unit in self._loaded or unit.borrows:
+            if unit in self.arena.lying or unit.borrows:
                 self._drop(unit)
             unit.weights.place(None)
             unit.slot = None
-
-    def _write_back(self, unit: Unit, changed: list[int]) -> None:
-        """Copy tensors that the unit wrote to (a buffer, say) to the host, where readers look for them.
-
-        This waits for the device: the host copy is readable at any time, so it must be right at once.
-        """
-        evict = self.streams.evict
-        evict.wait_stream(self.streams.current())
-        before = self.streams.switch(evict)
-        try:
-            unit.weights.write_back(changed)
-            self.counters.write_backs += len(changed)
-            written = self.streams.event()
-            written.record(evict)
-        finally:
-            self.streams.restore(before)
-        written.synchronize()
 
     # --- stems ----------------------------------------------------------------------------------------
 
@@ -421,33 +317,21 @@ class Engine:
             if not each.present:
                 each.present = True  # from here on, whatever happens, sending it away undoes what was done
                 for unit in each.stem:
-                    self._load_stem(unit)
+                    if not unit.weights.is_intact():
+                        self._transfers.take_over(unit)
+                    self._transfers.load(unit, self._transfers.allocate(unit.nbytes))
+                    unit.weights.bind()
+                    unit.state = State.IN_USE
             if stream not in each.users:
                 for unit in each.stem:
                     stream.wait_event(unit.ready)
                 each.users.append(stream)
 
-    def _load_stem(self, unit: Unit) -> None:
-        if not unit.weights.is_intact():
-            self._take_over(unit)
-        before = self.streams.switch(self.streams.load)
-        try:
-            buffer = self._allocate(arena.BASE + unit.nbytes)[arena.BASE :]
-            self.counters.depart(unit, self.streams.load)
-            self.tier.load(unit.weights.host, buffer)
-            unit.ready.record(self.streams.load)
-            self.counters.loaded(unit, self.streams.load)
-        finally:
-            self.streams.restore(before)
-        unit.weights.place(buffer)
-        unit.weights.bind()
-        unit.state = State.IN_USE
-
     def _alternate(self, present: Component, coming: Component) -> bool:
         """Whether the two take turns within a step, so that sending one away would only bring it back."""
         pair = frozenset((present, coming))
         if present.displaced.get(coming, 0) >= 2 and coming.displaced.get(present, 0) >= 2:
-            together = self._standing_bytes(coming) + sum(unit.nbytes for unit in present.stem)
+            together = self._standing_bytes(coming) + present.stem_bytes
             if self.budget is None or together <= self.budget.limit:
                 self._alternating.add(pair)
         return pair in self._alternating
@@ -462,7 +346,7 @@ class Engine:
                     continue
                 changed = unit.weights.unbind()
                 if changed:
-                    self._write_back(unit, changed)
+                    self._transfers.write_back(unit, changed)
                 unit.weights.place(None)
                 unit.state = State.OFFLOADED
                 freed += unit.nbytes
@@ -501,73 +385,34 @@ class Engine:
 
     def _assign_homes(self, component: Component, order: list[int]) -> None:
         component.order = order
-        self._clear([self.units[number] for number in order])
-        units = [self.units[number] for number in order if not self.units[number].keeps]
-        homes = arena.assign_homes([unit.nbytes for unit in units], self.arena.numel() - arena.BASE)
-        for unit, home in zip(units, homes, strict=True):
-            unit.home, unit.end = home, home + unit.nbytes
-            unit.slot = self.arena[arena.BASE + home : arena.BASE + home + unit.nbytes]
+        units = [self.units[number] for number in order]
+        self._clear(units)
+        self.arena.assign([unit for unit in units if not unit.keeps])
 
-    def _refit_arena(self) -> None:
-        """After units changed their size: a new arena where the old one is too small, and new homes."""
+    def _fit_arena(self) -> None:
+        """An arena of the size that the units need, and a home for each."""
         if not self.units:
             return
-        needed = max(arena.capacity_for([u.nbytes for u in c.streamed]) for c in self.components)
-        if needed != self.arena.numel() - arena.BASE:
+        needed = max(capacity_for([unit.nbytes for unit in c.streamed]) for c in self.components)
+        if needed != self.arena.capacity:
             self._clear(self.units)
-            self.arena = None
-            self.arena = self._allocate(arena.BASE + needed)
+            self.arena.buffer = None
+            self.arena.buffer = self._transfers.allocate(needed)
         for component in self.components:
             self._assign_homes(component, component.order)
 
-    # --- memory ---------------------------------------------------------------------------------------
+    # --- bytes on the device --------------------------------------------------------------------------
 
-    def _allocate(self, nbytes: int) -> torch.Tensor:
-        before = self.streams.switch(self.streams.load)
-        try:
-            with torch.inference_mode(False):
-                return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        finally:
-            self.streams.restore(before)
+    def weights_on_device(self) -> int:
+        """Bytes of all weights that are on the device now, the whole arena included."""
+        stems = sum(c.stem_bytes for c in self.components if c.present)
+        own_buffers = sum(unit.nbytes for unit in self.units if unit.borrows)
+        residents = sum(c.resident_bytes for c in self.components)
+        return stems + own_buffers + residents + self.arena.capacity
 
     def _standing_bytes(self, component: Component) -> int:
         """Weights on the device while `component` runs, but for what it keeps by way of the budget."""
-        residents = sum(unit.nbytes for each in self.components for unit in each.residents)
-        arena_bytes = self.arena.numel() if self.arena is not None else 0
-        return residents + arena_bytes + sum(unit.nbytes for unit in component.stem)
-
-    def _kept_bytes(self, component: Component) -> int:
-        return sum(unit.nbytes for unit in component.streamed if unit.keeps and unit.borrows)
-
-    def _weights_on_device(self) -> int:
-        own = [unit for c in self.components for unit in c.residents]
-        own += [unit for c in self.components if c.present for unit in c.stem]
-        own += [unit for unit in self.units if unit.borrows]
-        return sum(unit.nbytes for unit in own) + (self.arena.numel() if self.arena is not None else 0)
-
-    def _settle(self, unit: Unit) -> None:
-        """Move a unit to the device, to stay."""
-        if any(tensor.device != self.device for tensor in unit.weights.tensors):
-            self.streams.load.wait_stream(self.streams.current())
-            before = self.streams.switch(self.streams.load)
-            try:
-                unit.weights.move_to_device(self._allocate(arena.BASE + unit.nbytes)[arena.BASE :])
-                unit.ready.record(self.streams.load)
-            finally:
-                self.streams.restore(before)
-            unit.ready.synchronize()
-        unit.state = State.RESIDENT
-
-    def _take_over(self, unit: Unit) -> None:
-        """Somebody gave the tensors other bytes (`tensor.data = ...`, `.to(dtype)`): these count now."""
-        self.streams.synchronize()  # copies from the memory that they had
-        unit.weights = self._renewed(unit.weights)
-        unit.weights.move_to_host(self.tier.allocate(unit.weights.nbytes))
-
-    def _renewed(self, weights: Weights) -> Weights:
-        renewed = Weights(weights.tensors)
-        renewed.origin = weights.origin
-        return renewed
+        return sum(c.resident_bytes for c in self.components) + self.arena.capacity + component.stem_bytes
 
 
 def _is_subsequence(part: list[int], whole: list[int]) -> bool:

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from . import hooks, planner, slab
 from .budget import DeviceBudget
-from .engine import Component, Engine, Unit
+from .component import Component, Unit
+from .engine import Engine
 from .log import logger
 from .planner import ComponentPlan, Plan, UnitSize
 from .policy import OffloadPolicy
@@ -91,9 +92,8 @@ class OffloadHandle:
         counters = self._engine.counters
         transfer, stall = counters.times()
         units = [unit for component in self._engine.components for unit in component.units]
-        kept = sum(unit.nbytes for unit in units if unit.keeps and unit.borrows)
         hosts = [unit.weights.host for unit in units if unit.weights.host is not None]
-        arena, budget = self._engine.arena, self._engine.budget
+        budget = self._engine.budget
         return Report(
             forwards=counters.forwards,
             uses=counters.uses,
@@ -106,8 +106,8 @@ class OffloadHandle:
             host_bytes=sum(host.bytes.numel() for host in hosts),
             pinned_bytes=sum(host.bytes.numel() for host in hosts if host.pinned),
             peak_bytes=max(budget.seen if budget else 0, self._engine.streams.peak()),
-            arena_bytes=arena.numel() if arena is not None else 0,
-            resident_bytes=kept + sum(unit.nbytes for c in self._engine.components for unit in c.residents),
+            arena_bytes=self._engine.arena.capacity,
+            resident_bytes=sum(c.resident_bytes + c.kept_bytes for c in self._engine.components),
         )
 
     def reset(self) -> None:

@@ -9,7 +9,8 @@ import torch
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
-from .engine import Component, Engine, State, Unit
+from .component import Component, State, Unit
+from .engine import Engine
 
 
 class Holder(Protocol):

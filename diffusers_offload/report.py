@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import Unit
+    from .component import Unit
     from .streams import Streams
 
 GIB = 2**30
@@ -120,12 +120,11 @@ class Counters:
         for timed in (self._copies, self._waits, self._ends):
             timed.clear()
 
-    def depart(self, unit: Unit, stream: Any) -> None:
-        """The copy of `unit` is about to be queued on `stream`."""
-        if self.timing:
-            begin = self.streams.event(timing=True)
-            begin.record(stream)
-            self._copies.append((begin, None))
+    def depart(self, stream: Any) -> None:
+        """A copy is about to be queued on `stream`."""
+        begin = self.streams.event(timing=True)
+        begin.record(stream)
+        self._copies.append((begin, None))
 
     def loaded(self, unit: Unit, stream: Any) -> None:
         """The copy of `unit` is queued on `stream`."""

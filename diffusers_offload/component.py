@@ -1,0 +1,85 @@
+"""Units and components as the engine sees them: plain state, changed by the engine alone."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+
+from .weights import Weights
+
+
+class State(Enum):
+    """Where a unit is on its way. Only the engine changes it."""
+
+    OFFLOADED = "offloaded"
+    LOADING = "loading"  # its load is queued
+    IN_USE = "in_use"  # its tensors are bound to the device
+    READY = "ready"  # used and still in place: free to be used again, or overwritten
+    RESIDENT = "resident"
+
+
+WAITING = (State.LOADING, State.READY)  # on the device, and not in use
+
+
+class Unit:
+    """What moves as a whole: its weights, its state and its two events."""
+
+    def __init__(self, name: str, module: torch.nn.Module | None, weights: Weights) -> None:
+        self.name = name
+        self.module = module
+        self.weights = weights
+        self.state = State.OFFLOADED
+        self.component: Component | None = None
+        self.number = -1  # among the streamed units of the engine
+        self.home = self.end = 0  # its bytes in the arena, from and up to
+        self.slot: torch.Tensor | None = None  # the bytes of the arena at its home
+        self.used = False  # since it was loaded
+        self.stream: Any = None  # that the forward under way computes on
+        self.keeps = False  # once loaded, stays until its component leaves
+        self.borrows = False  # lies outside the arena, in a buffer of its own
+        self.ready: Any = None
+        self.done: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights.nbytes
+
+
+class Component:
+    """A module of the pipeline: its stem, which comes and goes as a whole, and its units."""
+
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
+        self.name = name
+        self.module = module
+        self.stem: list[Unit] = []
+        self.streamed: list[Unit] = []
+        self.residents: list[Unit] = []
+        self.present = False  # the stem is on the device
+        self.needs: list[Component] = []  # components whose stems hold tensors of this one as well
+        self.depth = 0  # forwards under way
+        self.users: list[Any] = []  # streams that used the stem since it came
+        self.first: int | None = None  # the unit that its forward began with last time
+        self.trace: list[int] = []  # the units of the forward under way
+        self.order: list[int] = []  # of its units, as the homes were assigned for it
+        self.runs = 0  # forwards in this call
+        self.surprise: list[int] | None = None  # the last order that the homes did not suit
+        self.displaced: dict[Component, int] = {}  # how often who made the stem leave in this call
+
+    @property
+    def units(self) -> list[Unit]:
+        return [*self.stem, *self.residents, *self.streamed]
+
+    @property
+    def stem_bytes(self) -> int:
+        return sum(unit.nbytes for unit in self.stem)
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(unit.nbytes for unit in self.residents)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes on the device of streamed units that stay until the component leaves."""
+        return sum(unit.nbytes for unit in self.streamed if unit.keeps and unit.borrows)

@@ -1,0 +1,112 @@
+"""Moves units between host and device: all copies are queued, and all device memory is allocated, here.
+
+Device memory is allocated on the load stream, and whoever drops it first lets that stream wait for its last
+users: the allocator reuses memory in the order of the stream, so it cannot hand it out too early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .component import State, Unit
+from .report import Counters
+from .slab import ALIGNMENT
+from .streams import Streams
+from .tiers.pinned import PinnedTier
+from .weights import Weights
+
+
+class Transfers:
+    """Copies for one device.
+
+    Args:
+        streams: the device's streams.
+        counters: what is moved is counted there.
+    """
+
+    def __init__(self, streams: Streams, counters: Counters) -> None:
+        self.tier = PinnedTier(streams)
+        self._streams = streams
+        self._counters = counters
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Device memory (uint8) that belongs to the load stream.
+
+        It does not begin where its storage does: torch.compile specialises on the storage offsets 0 and 1.
+        """
+        before = self._streams.switch(self._streams.load)
+        try:
+            with torch.inference_mode(False):
+                return torch.empty(ALIGNMENT + nbytes, dtype=torch.uint8, device=self._streams.device)[
+                    ALIGNMENT:
+                ]
+        finally:
+            self._streams.restore(before)
+
+    def load(self, unit: Unit, buffer: torch.Tensor, current: Any = None) -> None:
+        """Queue the copy of `unit` to `buffer` and record its *ready* behind it.
+
+        Args:
+            current: the current stream, where the caller knows it: asking costs some microseconds.
+        """
+        streams, counters = self._streams, self._counters
+        unit.weights.place(buffer)
+        before = streams.switch(streams.load, current)
+        try:
+            if counters.timing:
+                counters.depart(streams.load)
+            self.tier.load(unit.weights.host, buffer)
+            unit.ready.record(streams.load)
+            counters.loaded(unit, streams.load)
+        finally:
+            streams.restore(before)
+        unit.state = State.LOADING
+        unit.used = False
+
+    def write_back(self, unit: Unit, changed: Sequence[int]) -> None:
+        """Copy tensors that the unit wrote to (a buffer, say) to the host, where readers look for them.
+
+        This waits for the device: the host copy is readable at any time, so it must be right at once.
+        """
+        streams = self._streams
+        streams.evict.wait_stream(streams.current())
+        before = streams.switch(streams.evict)
+        try:
+            unit.weights.write_back(changed)
+            self._counters.write_backs += len(changed)
+            written = streams.event()
+            written.record(streams.evict)
+        finally:
+            streams.restore(before)
+        written.synchronize()
+
+    def settle(self, unit: Unit) -> None:
+        """Move a unit to the device, to stay there; the host keeps nothing of it."""
+        streams = self._streams
+        if any(tensor.device != streams.device for tensor in unit.weights.tensors):
+            buffer = self.allocate(unit.nbytes)
+            streams.load.wait_stream(streams.current())
+            before = streams.switch(streams.load)
+            try:
+                unit.weights.move_to_device(buffer)
+                unit.ready.record(streams.load)
+            finally:
+                streams.restore(before)
+            unit.ready.synchronize()  # where the tensors were may now be reused by anybody
+        unit.state = State.RESIDENT
+
+    def take_over(self, unit: Unit) -> None:
+        """Somebody gave the tensors other bytes (`tensor.data = ...`, `.to(dtype)`): these count now."""
+        self._streams.synchronize()  # copies from the memory that they had
+        unit.weights = renewed(unit.weights)
+        unit.weights.move_to_host(self.tier.allocate(unit.weights.nbytes))
+
+
+def renewed(weights: Weights) -> Weights:
+    """The same tensors laid out anew, as they are now; where they came from is remembered."""
+    fresh = Weights(weights.tensors)
+    fresh.origin, fresh.moved = weights.origin, weights.moved
+    return fresh

@@ -14,13 +14,17 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import torch
+
 from .arena import Arena, capacity_for
 from .budget import DeviceBudget
 from .component import WAITING, Component, State, Unit
+from .log import logger
 from .order import Order
 from .report import Counters
 from .streams import Streams
 from .transfers import Transfers, renewed
+from .watch import Watch
 
 _EMPTY_CACHE_FROM = 64 * 2**20  # bytes worth a cudaFree once a component has left
 
@@ -88,6 +92,28 @@ class Engine:
             self.arena.buffer = None
         self.streams.empty_cache()
 
+    def readopt(self, component: Component) -> None:
+        """Take a component in that was released before."""
+        for unit in component.units:
+            unit.weights = renewed(unit.weights)
+            unit.state = State.OFFLOADED
+        for _ in self.adopt(component):
+            pass
+        self._clear(self.units)
+        self.open_arena()
+
+    def stream_again(self, unit: Unit) -> None:
+        """Undo `make_resident`."""
+        component = unit.component
+        if component not in self.components or unit not in component.residents:
+            return
+        component.residents.remove(unit)
+        component.streamed.append(unit)
+        component.streamed.sort(key=lambda each: each.number)
+        self._transfers.take_over(unit)
+        unit.state = State.OFFLOADED
+        self._fit_arena()
+
     def make_resident(self, unit: Unit) -> None:
         """Keep a streamed unit on the device from now on."""
         component = unit.component
@@ -140,6 +166,7 @@ class Engine:
                 self.keep(component, set() if others_keep else self.budget.begin(component, shapes, own))
             if component.depth == 1:
                 component.trace = []
+                self._begin_watch(component)
                 if component.first is not None:
                     self.order.expect(component.first)
                     self.prefetch()
@@ -155,6 +182,8 @@ class Engine:
         while self._stack:
             left = self._stack.pop()
             left.depth -= 1
+            if left.depth == 0:
+                self._end_watch(left)
             if left is component:
                 break
         try:
@@ -169,6 +198,11 @@ class Engine:
                 caller.wait_stream(self.streams.compute)
                 self.streams.restore(before)
                 self._outside = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a forward is under way."""
+        return bool(self._stack)
 
     def touch(self, component: Component) -> None:
         """`component` is used without its forward (`vae.decode`): bring its stem to the caller's stream."""
@@ -290,7 +324,7 @@ class Engine:
         unit.used = True
         unit.state = State.READY
         if changed:
-            self._transfers.write_back(unit, changed)
+            self._transfers.write_back(unit, changed, stream)
         if unit.borrows and not (unit.keeps and unit.component.present):
             self._drop(unit)
 
@@ -317,15 +351,18 @@ class Engine:
             if not each.present:
                 each.present = True  # from here on, whatever happens, sending it away undoes what was done
                 for unit in each.stem:
-                    if not unit.weights.is_intact():
-                        self._transfers.take_over(unit)
-                    self._transfers.load(unit, self._transfers.allocate(unit.nbytes))
-                    unit.weights.bind()
-                    unit.state = State.IN_USE
+                    self._bring_unit(unit)
             if stream not in each.users:
                 for unit in each.stem:
                     stream.wait_event(unit.ready)
                 each.users.append(stream)
+
+    def _bring_unit(self, unit: Unit) -> None:
+        if not unit.weights.is_intact():
+            self._transfers.take_over(unit)
+        self._transfers.load(unit, self._transfers.allocate(unit.nbytes))
+        unit.weights.bind()
+        unit.state = State.IN_USE
 
     def _alternate(self, present: Component, coming: Component) -> bool:
         """Whether the two take turns within a step, so that sending one away would only bring it back."""
@@ -344,12 +381,15 @@ class Engine:
             for unit in component.stem:
                 if unit.state is not State.IN_USE:
                     continue
+                freed += unit.nbytes
+                unit.state = State.OFFLOADED
+                if unit.weights.was_replaced():
+                    self._transfers.take_over(unit)
+                    continue
                 changed = unit.weights.unbind()
                 if changed:
-                    self._transfers.write_back(unit, changed)
+                    self._transfers.write_back(unit, changed, self.streams.load)  # which waits for all users
                 unit.weights.place(None)
-                unit.state = State.OFFLOADED
-                freed += unit.nbytes
             for unit in component.streamed:
                 if unit.keeps and unit.borrows:
                     self._drop(unit)
@@ -366,6 +406,52 @@ class Engine:
         if component.present:
             self._send_away([component])
         self._clear(component.streamed)
+
+    # --- weights used past their unit -----------------------------------------------------------------
+
+    def _begin_watch(self, component: Component) -> None:
+        if component.known or not component.streamed:
+            return
+        unit_of = {id(t): unit for unit in component.streamed for t in unit.weights.tensors}
+        component.known = True  # unless something is found
+
+        def watched(tensor: torch.Tensor) -> bool:
+            unit = unit_of.get(id(tensor))
+            return unit is not None and unit.state not in (State.IN_USE, State.RESIDENT)
+
+        def found(tensor: torch.Tensor) -> None:
+            component.known = False
+            self._move_to_stem(unit_of.pop(id(tensor)), tensor)
+
+        component.watch = Watch(watched, found)
+        component.watch.__enter__()
+
+    def _end_watch(self, component: Component) -> None:
+        if component.watch is not None:
+            component.watch.__exit__(None, None, None)
+            component.watch = None
+            if not component.known:
+                self._fit_arena()
+
+    def _move_to_stem(self, unit: Unit, tensor: torch.Tensor) -> None:
+        """From now on `tensor` comes and goes with the component, which is running, not with its unit."""
+        component = unit.component
+        logger.info(
+            "%s.%s: a weight is used past the block's forward, so it stays in the stem",
+            component.name,
+            unit.name,
+        )
+        if unit.state in WAITING:
+            self._drop(unit)
+        self.streams.synchronize()  # copies from the memory that the unit is about to leave
+        stray = Unit(f"{unit.name} (part)", None, unit.weights.split_off(tensor))
+        stray.component = component
+        stray.ready, stray.done = self.streams.event(), self.streams.event()
+        for each in (unit, stray):
+            each.weights.move_to_host(self._transfers.tier.allocate(each.weights.nbytes))
+        self._bring_unit(stray)
+        self.streams.current().wait_event(stray.ready)
+        component.stem.append(stray)
 
     # --- homes ----------------------------------------------------------------------------------------
 
@@ -387,7 +473,7 @@ class Engine:
         component.order = order
         units = [self.units[number] for number in order]
         self._clear(units)
-        self.arena.assign([unit for unit in units if not unit.keeps])
+        self.arena.assign([unit for unit in units if not unit.keeps and unit.state is not State.RESIDENT])
 
     def _fit_arena(self) -> None:
         """An arena of the size that the units need, and a home for each."""

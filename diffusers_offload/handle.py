@@ -6,18 +6,16 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import hooks, planner, slab
+from . import planner, slab
 from .budget import DeviceBudget
 from .component import Component, Unit
 from .engine import Engine
-from .log import logger
+from .held import Held, find_held
 from .planner import ComponentPlan, Plan, UnitSize
 from .policy import OffloadPolicy
 from .report import GIB, Report
@@ -66,7 +64,7 @@ class OffloadHandle:
         self._engine = Engine(
             streams, DeviceBudget(max_device_memory, streams) if max_device_memory else None
         )
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
         try:
             self._take_in(targets)
             self._engine.open_arena()
@@ -140,6 +138,14 @@ class OffloadHandle:
         self._engine.streams.empty_cache()
         _live.discard(self)
 
+    def forget(self, held: Held) -> None:
+        """A component is offloaded no longer, its hook having been removed."""
+        self._held = {name: each for name, each in self._held.items() if each is not held}
+
+    def remember(self, held: Held) -> None:
+        """A component that was forgotten is offloaded again."""
+        self._held[held.component.name] = held
+
     # --- taking components in -------------------------------------------------------------------------
 
     def _take_in(self, targets: Sequence[Target]) -> None:
@@ -154,97 +160,18 @@ class OffloadHandle:
         ) as bar:
             owners: dict[int, Component] = {}
             for target in targets:
-                shared = _find_held(target.module)
+                shared = find_held(target.module)
                 if shared is not None:
                     shared.owners.add(self)
                     self._held[target.name] = shared
                     continue
                 component = _component(target, owners)
-                held = _Held(target.module, component, self._engine)
+                held = Held(target.module, component, self._engine)
                 held.owners.add(self)
                 self._held[target.name] = held
                 for unit in self._engine.adopt(component):
                     bar.update(unit.nbytes)
                 held.attach()
-
-
-class _Held:
-    """A component under an engine, the hooks that put it there, and the handles that want it there."""
-
-    def __init__(self, module: nn.Module, component: Component, engine: Engine) -> None:
-        self.module = module
-        self.component = component
-        self.engine = engine
-        self.owners: set[OffloadHandle] = set()
-        self._hooks: list[tuple[nn.Module, hooks.EngineHook]] = []
-
-    def attach(self) -> None:
-        root = hooks.ComponentHook(self.engine, self.component, self)
-        self._add(self.module, root)
-        units = [unit for unit in self.component.streamed if unit.module is not None]
-        for unit in units:
-            self._add(unit.module, hooks.UnitHook(self.engine, unit))
-        stem = {id(tensor) for unit in self.component.stem for tensor in unit.weights.tensors}
-        for part in self.module.modules():
-            own = (*part._parameters.values(), *part._buffers.values())
-            if part is not self.module and any(id(tensor) in stem for tensor in own):
-                self._add(part, hooks.StemHook(self.engine, self.component))
-        self.module.to = self._guarded_to()
-
-    def release(self) -> None:
-        """Take the component's own hook off, and with it everything else."""
-        for module, hook in self._hooks[:1]:
-            hooks.detach(module, hook)
-        self.restore()  # for a component that never got its hook, because taking it in failed half way
-
-    def restore(self) -> None:
-        """The component's own hook is gone: take the others off, give the weights back."""
-        self.engine.release_component(self.component)
-        self.module.__dict__.pop("to", None)
-        attached, self._hooks = self._hooks, []
-        for module, hook in attached:
-            if not isinstance(hook, hooks.ComponentHook):
-                hooks.detach(module, hook)
-        for handle in self.owners:
-            handle._held = {name: held for name, held in handle._held.items() if held is not self}
-        self.owners.clear()
-
-    def _add(self, module: nn.Module, hook: hooks.EngineHook) -> None:
-        hooks.attach(module, hook)
-        self._hooks.append((module, hook))
-
-    def _guarded_to(self) -> Any:
-        """`module.to` that keeps the device ours and lets dtype and memory format through."""
-        original, component = self.module.to, self.component
-
-        @wraps(original)
-        def to(*args: Any, **kwargs: Any) -> nn.Module:
-            device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-            if device is not None and device != self.engine.device:
-                logger.warning(
-                    "%s is offloaded block by block: .to(%r) leaves it where it is. "
-                    "Call pipe.disable_block_offload() first to move it.",
-                    component.name,
-                    str(device),
-                )
-            elif device is not None and self.engine.streams.asynchronous:
-                logger.warning(
-                    "%s is offloaded block by block and comes to %s when it runs: .to(%r) changes nothing.",
-                    component.name,
-                    self.engine.device,
-                    str(device),
-                )
-            changes = {}
-            if dtype is not None:
-                changes["dtype"] = dtype
-            if memory_format is not None:
-                changes["memory_format"] = memory_format
-            if changes:
-                with self.engine.edit(component):
-                    original(**changes)
-            return self.module
-
-        return to
 
 
 _live: weakref.WeakSet[OffloadHandle] = weakref.WeakSet()
@@ -255,14 +182,9 @@ def live_handles() -> list[OffloadHandle]:
     return list(_live)
 
 
-def _find_held(module: nn.Module) -> _Held | None:
-    hook = hooks.find(module, hooks.ComponentHook)
-    return hook.held if hook is not None else None
-
-
 def held_policy(module: nn.Module) -> tuple[OffloadHandle, ComponentPlan] | None:
     """The handle that offloads `module` already, and its plan for it."""
-    held = _find_held(module)
+    held = find_held(module)
     for handle in held.owners if held is not None else ():
         for plan in handle.plan.components:
             if handle._held.get(plan.name) is held:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import send_to_device
 from torch import nn
 
 from .component import Component, State, Unit
@@ -17,6 +19,8 @@ class Holder(Protocol):
     """Whoever put a component under the engine, and can take it out again."""
 
     def restore(self) -> None: ...
+
+    def take_back(self, hook: ComponentHook) -> None: ...
 
 
 class EngineHook(ModelHook):
@@ -59,6 +63,24 @@ class EngineHook(ModelHook):
     def failed(self, module: nn.Module) -> None:
         """The module's forward raised; `post_forward` will not be called."""
 
+    def send(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """What is given from outside, on the execution device, as accelerate's own offloading hooks do it.
+
+        A pipeline that asks an offloaded component for its device makes inputs on the host. Whatever lies
+        right, and scalars, which may lie anywhere, are passed through by identity.
+        """
+        device = self.engine.device
+        if device.type == "cpu":
+            return args, kwargs
+        skip = getattr(module, "_skip_keys", None) or ()
+        skip = (skip,) if isinstance(skip, str) else skip
+        args = tuple(send_to_device(v, device) if _elsewhere(v, device) else v for v in args)
+        kwargs = {
+            key: send_to_device(v, device) if key not in skip and _elsewhere(v, device) else v
+            for key, v in kwargs.items()
+        }
+        return args, kwargs
+
 
 class ComponentHook(EngineHook):
     """On a component's root: brings its stem, and brackets its forward with the compute stream."""
@@ -67,9 +89,18 @@ class ComponentHook(EngineHook):
         super().__init__(engine)
         self.component = component
         self.held = held
+        self._detached = False
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        module = super().init_hook(module)
+        if self._detached:  # accelerate takes a hook off and puts it on again to chain another to it
+            self._detached = False
+            self.held.take_back(self)
+        return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         # `encode` and `decode` of a VAE call this without arguments and never call `post_forward`.
+        args, kwargs = self.send(module, args, kwargs)
         if args or kwargs:
             self.engine.enter(self.component, _shapes(args, kwargs) if self.engine.budget else ())
         else:
@@ -82,10 +113,13 @@ class ComponentHook(EngineHook):
 
     def failed(self, module: nn.Module) -> None:
         self.engine.leave(self.component)
+        if not self.engine.busy:
+            self.engine.call_ended()  # nobody else is going to say so
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Give the component its weights back, where they came from."""
         module = super().detach_hook(module)
+        self._detached = True
         self.held.restore()
         return module
 
@@ -98,25 +132,38 @@ class StemHook(EngineHook):
         self.component = component
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-        self.engine.touch(self.component)
+        if not self.component.depth:
+            args, kwargs = self.send(module, args, kwargs)
+            self.engine.touch(self.component)
         return args, kwargs
 
 
 class UnitHook(EngineHook):
     """On a streamed unit: its weights are there while it computes, and free behind it."""
 
-    def __init__(self, engine: Engine, unit: Unit) -> None:
+    def __init__(self, engine: Engine, unit: Unit, brings_stem: bool) -> None:
         super().__init__(engine)
         self.unit = unit
+        self.brings_stem = brings_stem  # the module itself holds tensors that belong to the stem
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        self.engine.stream_again(self.unit)  # if it was detached before
+        return super().init_hook(module)
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         if torch.is_grad_enabled():
-            self._refuse_gradients(args, kwargs)
+            self._refuse_gradients((*self.unit.weights.tensors, *args, *kwargs.values()))
+        if not self.unit.component.depth:
+            args, kwargs = self.send(module, args, kwargs)
+            if self.brings_stem:
+                self.engine.touch(self.unit.component)
         self.engine.acquire(self.unit)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         self.engine.release(self.unit)
+        if torch.is_grad_enabled():  # an input may hide in a list or an object: what comes out tells
+            self._refuse_gradients(output if isinstance(output, (list, tuple)) else (output,))
         return output
 
     def failed(self, module: nn.Module) -> None:
@@ -127,16 +174,40 @@ class UnitHook(EngineHook):
         self.engine.make_resident(self.unit)
         return super().detach_hook(module)
 
-    def _refuse_gradients(self, args: tuple, kwargs: dict) -> None:
+    def _refuse_gradients(self, values: Iterable[Any]) -> None:
         if self.unit.state is State.RESIDENT:
             return
-        given = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        if any(tensor.requires_grad for tensor in (*self.unit.weights.tensors, *given)):
+        if any(isinstance(value, torch.Tensor) and value.requires_grad for value in values):
             raise RuntimeError(
                 f"gradients are enabled through the streamed block {self.unit.component.name}.{self.unit.name}, "
                 "whose weights leave the device after its forward. Call it under torch.no_grad() or "
                 "torch.inference_mode(), set requires_grad_(False), or disable the block offload to train."
             )
+
+
+def _keep_later_wrappers(module: nn.Module) -> None:
+    """Take accelerate's wrapper out from under those that Diffusers' own hooks put around it since.
+
+    Accelerate's removal puts back the forward that it found, and would take them off with its own.
+    """
+    registry = getattr(module, "_diffusers_hook", None)
+    for reference in registry._fn_refs if registry is not None else ():
+        for slot in ("forward", "original_forward"):
+            wrapped = getattr(reference, slot)
+            if getattr(wrapped, "func", None) is not None and wrapped.func.__module__ == "accelerate.hooks":
+                outermost = module.forward
+                inner = module._old_forward
+                setattr(reference, slot, getattr(inner, "unguarded", inner))
+                module._old_forward = outermost
+                return
+
+
+def _elsewhere(value: Any, device: torch.device) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.device != device and value.dim() > 0
+    if isinstance(value, (list, tuple)):
+        return any(_elsewhere(item, device) for item in value)
+    return isinstance(value, dict) and any(_elsewhere(item, device) for item in value.values())
 
 
 def _shapes(args: tuple, kwargs: dict) -> tuple:
@@ -165,6 +236,7 @@ def detach(module: nn.Module, hook: EngineHook) -> None:
     """Remove one hook and leave the others as they are; does nothing if it has gone already."""
     present = getattr(module, "_hf_hook", None)
     if present is hook:
+        _keep_later_wrappers(module)
         remove_hook_from_module(module)
     elif isinstance(present, SequentialHook) and hook in present.hooks:
         hook.detach_hook(module)

@@ -30,6 +30,11 @@ class Span:
     stop: int
 
 
+def overlap(a: Span, b: Span) -> bool:
+    """Whether two spans share a byte."""
+    return a.storage == b.storage and a.start < b.stop and b.start < a.stop
+
+
 @dataclass(frozen=True)
 class Region:
     """Where a range of a storage lies in the slab, in bytes."""

@@ -66,13 +66,16 @@ class Transfers:
         unit.state = State.LOADING
         unit.used = False
 
-    def write_back(self, unit: Unit, changed: Sequence[int]) -> None:
+    def write_back(self, unit: Unit, changed: Sequence[int], behind: Any) -> None:
         """Copy tensors that the unit wrote to (a buffer, say) to the host, where readers look for them.
 
         This waits for the device: the host copy is readable at any time, so it must be right at once.
+
+        Args:
+            behind: the stream whose work so far includes the writing.
         """
         streams = self._streams
-        streams.evict.wait_stream(streams.current())
+        streams.evict.wait_stream(behind)
         before = streams.switch(streams.evict)
         try:
             unit.weights.write_back(changed)

@@ -54,7 +54,7 @@ def dissect(module: nn.Module, lists: Sequence[nn.ModuleList] | None = None) -> 
     inside = {id(part) for _, block in elements for part in block.modules()}
     outside = [part for part in module.modules() if id(part) not in inside]
     for part in outside:
-        for tensor in _own_tensors(part):
+        for tensor in own_tensors(part):
             holders[_identity(tensor)] = -1
     blocks = []
     for name, block in elements:
@@ -67,7 +67,7 @@ def dissect(module: nn.Module, lists: Sequence[nn.ModuleList] | None = None) -> 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
     """The distinct parameters and buffers of `module` and what it holds, in declared order."""
-    return list({id(t): t for part in module.modules() for t in _own_tensors(part)}.values())
+    return list({id(t): t for part in module.modules() for t in own_tensors(part)}.values())
 
 
 def chunks(tensors: Sequence[torch.Tensor], limit: int) -> list[list[torch.Tensor]]:
@@ -90,7 +90,8 @@ def chunks(tensors: Sequence[torch.Tensor], limit: int) -> list[list[torch.Tenso
     return groups
 
 
-def _own_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+def own_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """The parameters and buffers that `module` itself holds, not its children's."""
     for held in (module._parameters, module._buffers):
         yield from (tensor for tensor in held.values() if tensor is not None)
 
@@ -103,11 +104,9 @@ def _identity(tensor: torch.Tensor) -> object:
 
 def _elements_of(module: nn.Module, lists: Sequence[nn.ModuleList]) -> list[tuple[str, nn.Module]]:
     names = {id(part): name for name, part in module.named_modules()}
-    return [
-        (names.get(id(element), f"{i}.{j}"), element)
-        for i, blocks in enumerate(lists)
-        for j, element in enumerate(blocks)
-    ]
+    if any(id(element) not in names for blocks in lists for element in blocks):
+        raise ValueError("the blocks given do not belong to the model: pass a ModuleList of its own")
+    return [(names[id(element)], element) for blocks in lists for element in blocks]
 
 
 def _blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -134,7 +133,12 @@ def _walk(module: nn.Module, prefix: str, large: float) -> Iterator[tuple[str, n
 def _is_block_list(module: nn.Module) -> bool:
     if not isinstance(module, nn.ModuleList) or not len(module):
         return False
-    return all(_has_forward(e) and _nbytes(e) for e in module) and any(_parts(e) > 1 for e in module)
+    elements = [element for element in module if element is not None]  # a UNet's mid block may hold None
+    return (
+        bool(elements)
+        and all(_has_forward(element) and _nbytes(element) for element in elements)
+        and any(_parts(element) > 1 for element in elements)
+    )
 
 
 def _is_stage(element: nn.Module) -> bool:

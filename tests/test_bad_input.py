@@ -138,6 +138,21 @@ def test_gradients_through_a_streamed_block_are_refused():
     with pytest.raises(RuntimeError, match="gradients"):
         model(**{**inputs, "hidden_states": x.requires_grad_()})
     x = x.detach()
+
+    class Listed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, values):
+            return [self.b(self.a(values[0]))]
+
+    net = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(Listed() for _ in range(3))}).requires_grad_(
+        False
+    )
+    diffusers_offload.enable_block_offload(net, device="cpu")
+    with pytest.raises(RuntimeError, match="gradients"):
+        net["blocks"][0]([torch.ones(1, 4, requires_grad=True)])
     model(**{**inputs, "hidden_states": x})  # enabled, but nobody needs them
     assert torch.equal(run(pipe, "wan"), expected)
 

@@ -372,3 +372,137 @@ def test_weights_edited_between_two_steps_count_in_the_second(device):
     pipe = build("flux")
     pipe.enable_block_offload(device=device)
     assert torch.equal(run(pipe, "flux", callback_on_step_end=edit), expected)
+
+
+@pytest.mark.parametrize("place", ["", "transformer_blocks.1"])
+def test_foreign_hooks_may_be_chained_to_ours(place, device):
+    pipe = build("flux", device=device)
+    expected = run(pipe, "flux")
+    pipe.to("cpu").enable_block_offload(device=device)
+    assert torch.equal(run(pipe, "flux"), expected)
+    part, foreign = pipe.transformer.get_submodule(place), Counting()
+    add_hook_to_module(part, foreign, append=True)
+    assert "transformer" in pipe.block_offload.components
+    pipe.block_offload.reset()
+    for _ in range(2):
+        assert torch.equal(run(pipe, "flux"), expected)
+    report = pipe.block_offload.report()
+    assert foreign.calls
+    assert report.uses == 2 * 23  # all of them still stream
+    pipe.disable_block_offload()
+    assert part._hf_hook is foreign
+    assert torch.equal(run(pipe.to(device), "flux"), expected)
+
+
+@pytest.mark.parametrize("place", ["", "transformer_blocks.1"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_diffusers_own_hooks_survive(place, when):
+    from diffusers.hooks import HookRegistry
+    from diffusers.hooks import ModelHook as DiffusersHook
+
+    class Doubling(DiffusersHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            Doubling.calls += 1
+            return args, kwargs
+
+    pipe = build("flux")
+    expected = run(pipe, "flux")
+    part = pipe.transformer.get_submodule(place)
+    if when == "after":
+        pipe.enable_block_offload(device="cpu")
+    HookRegistry.check_if_exists_or_initialize(part).register_hook(Doubling(), "doubling")
+    if when == "before":
+        pipe.enable_block_offload(device="cpu")
+    assert torch.equal(run(pipe, "flux"), expected)
+    once, Doubling.calls = Doubling.calls, 0
+    pipe.disable_block_offload()
+    assert torch.equal(run(pipe, "flux"), expected)
+    assert Doubling.calls == once > 0
+    part._diffusers_hook.remove_hook("doubling")
+    assert torch.equal(run(pipe, "flux"), expected)
+    assert Doubling.calls == once
+
+
+def test_a_list_of_blocks_may_hold_none():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([Block(), None, Block(), Block()])
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x) if block is not None else x
+            return x
+
+    net = Net().requires_grad_(False)
+    x = torch.randn(2, 4)
+    expected = net(x)
+    handle = diffusers_offload.enable_block_offload(net, device="cpu")
+    assert len(handle.plan.components[0].streamed) == 3
+    assert torch.equal(net(x), expected)
+
+
+def test_a_block_that_holds_a_shared_parameter_still_streams():
+    class Block(torch.nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.a, self.b, self.scale = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), shared
+
+        def forward(self, x):
+            return self.b(self.a(x)) * self.scale
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            shared = torch.nn.Parameter(torch.randn(4))
+            self.blocks = torch.nn.ModuleList(Block(shared) for _ in range(4))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    net = Net().requires_grad_(False)
+    x = torch.randn(2, 4)
+    expected, alone = net(x), net.blocks[2](x)
+    handle = diffusers_offload.enable_block_offload(net, device="cpu")
+    assert torch.equal(net.blocks[2](x), alone)
+    assert torch.equal(net(x), expected)
+    assert handle.report().uses == 5
+    assert handle.report().resident_bytes == 0
+
+
+def test_a_stem_edited_while_it_is_on_the_device_counts(device):
+    pipe = build("wan", device=device)
+    model = pipe.transformer.requires_grad_(False)
+    inputs = {
+        "hidden_states": torch.randn(1, model.config.in_channels, 3, 8, 8, device=device),
+        "timestep": torch.tensor([5], device=device),
+        "encoder_hidden_states": torch.randn(1, 7, model.config.text_dim, device=device),
+    }
+
+    def edit():
+        model.proj_out.weight.data = model.proj_out.weight.data * 2
+
+    plain = model(**inputs).sample
+    edit()
+    expected = model(**inputs).sample
+    model.proj_out.weight.data = model.proj_out.weight.data / 2
+    handle = diffusers_offload.enable_block_offload(model, device=device)
+    assert torch.equal(model(**inputs).sample, plain)
+    edit()
+    assert torch.equal(model(**inputs).sample, expected)
+    handle.call_ended()
+    assert torch.equal(model(**inputs).sample, expected)
+    handle.disable()
+    assert torch.equal(model.to(device)(**inputs).sample, expected)

@@ -1,0 +1,121 @@
+"""Weights that are used past their block's forward are found in the first forward, and stay in the stem."""
+
+import pytest
+import torch
+from torch import nn
+
+import diffusers_offload
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.tanh(self.b(self.a(self.embed(x))))
+
+    def past_forward(self, x):
+        return self.a(x)
+
+
+class Net(nn.Module):
+    """Uses block 0's embedder after the loop, a weight of block 1 by hand, and block 3 past its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(5))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        x = self.blocks[0].embed(x)
+        x = x @ self.blocks[1].b.weight.T
+        x = self.blocks[3].past_forward(x)
+        return torch.cat([x, self.blocks[4].a.bias[None]])
+
+
+def test_strays_move_to_the_stem_and_nothing_else_does(device):
+    torch.manual_seed(0)
+    net = Net().to(device).requires_grad_(False)
+    x = torch.randn(2, 8, device=device)
+    expected = net(x)
+    net.to("cpu")
+    handle = diffusers_offload.enable_block_offload(net, device=device)
+    component = handle._engine.components[0]
+    for _ in range(4):
+        assert torch.equal(net(x), expected)
+    stem = {id(t) for unit in component.stem for t in unit.weights.tensors}
+    names = {name for name, p in net.named_parameters() if id(p) in stem}
+    assert names == {
+        "blocks.0.embed.weight",
+        "blocks.0.embed.bias",
+        "blocks.1.b.weight",
+        "blocks.3.a.weight",
+        "blocks.3.a.bias",
+        "blocks.4.a.bias",
+    }
+    assert component.known
+    handle.reset()
+    net(x)
+    assert handle.report().misses == 0
+    handle.disable()
+    assert torch.equal(net.to(device)(x), expected)
+
+
+def test_looking_at_a_weight_is_no_use(device):
+    class Curious(Net):
+        def forward(self, x):
+            dtype = self.blocks[2].a.weight.dtype
+            assert self.blocks[4].b.weight.shape[0] == 8
+            for block in self.blocks:
+                x = block(x.to(dtype))
+            return x
+
+    net = Curious().requires_grad_(False)
+    handle = diffusers_offload.enable_block_offload(net, device=device)
+    net(torch.randn(2, 8, device=device))
+    assert not handle._engine.components[0].stem
+    assert handle._engine.components[0].known
+
+
+def test_an_exception_while_watching_ends_the_watch(device):
+    net = Net().requires_grad_(False)
+    handle = diffusers_offload.enable_block_offload(net, device=device)
+    with pytest.raises(RuntimeError):
+        net(torch.randn(2, 9, device=device))
+    assert torch.overrides._get_current_function_mode() is None
+    x = torch.randn(2, 8, device=device)
+    found = net(x)
+    handle.disable()
+    assert torch.equal(net.to(device)(x), found)
+
+
+def test_dit_reads_the_embedder_of_its_first_block(device):
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = (
+        DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            num_layers=3,
+            sample_size=8,
+            num_embeds_ada_norm=10,
+        )
+        .eval()
+        .requires_grad_(False)
+        .to(device)
+    )
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 8, 8, device=device),
+        "timestep": torch.tensor([3], device=device),
+        "class_labels": torch.tensor([1], device=device),
+    }
+    expected = model(**inputs).sample
+    model.to("cpu")
+    handle = diffusers_offload.enable_block_offload(model, device=device)
+    for _ in range(3):
+        assert torch.equal(model(**inputs).sample, expected)
+    assert any("transformer_blocks.0" in unit.name for unit in handle._engine.components[0].stem)

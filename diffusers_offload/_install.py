@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any
 
 _MODULE = "diffusers.pipelines.pipeline_utils"
-_METHODS = ("enable_block_offload", "disable_block_offload", "block_offload", "maybe_free_model_hooks")
-_REPLACED = "_maybe_free_model_hooks_of_diffusers"
+_ADDED = ("enable_block_offload", "disable_block_offload", "block_offload")
+_WRAPPED = ("maybe_free_model_hooks", "device")  # Diffusers' own stay under `_diffusers_<name>`
 
 
 def install() -> None:
@@ -32,26 +32,27 @@ def uninstall() -> None:
     if _MODULE not in sys.modules:
         return
     pipeline_class = sys.modules[_MODULE].DiffusionPipeline
-    if _REPLACED not in vars(pipeline_class):
+    if _ADDED[0] not in vars(pipeline_class):
         return
     from .handle import live_handles
 
     for handle in live_handles():
         handle.disable()
-    pipeline_class.maybe_free_model_hooks = vars(pipeline_class)[_REPLACED]
-    delattr(pipeline_class, _REPLACED)
-    for name in _METHODS:
-        if name != "maybe_free_model_hooks":
-            delattr(pipeline_class, name)
+    for name in _WRAPPED:
+        setattr(pipeline_class, name, vars(pipeline_class)[f"_diffusers_{name}"])
+        delattr(pipeline_class, f"_diffusers_{name}")
+    for name in _ADDED:
+        delattr(pipeline_class, name)
 
 
 def _add_methods(pipeline_class: type) -> None:
-    if _REPLACED in vars(pipeline_class):
+    if _ADDED[0] in vars(pipeline_class):
         return
     from .pipeline import BlockOffloadMixin
 
-    setattr(pipeline_class, _REPLACED, pipeline_class.maybe_free_model_hooks)
-    for name in _METHODS:
+    for name in _WRAPPED:
+        setattr(pipeline_class, f"_diffusers_{name}", vars(pipeline_class)[name])
+    for name in (*_ADDED, *_WRAPPED):
         setattr(pipeline_class, name, vars(BlockOffloadMixin)[name])
 
 

@@ -152,7 +152,6 @@ class Engine:
         """
         outermost = not self._stack
         if outermost:
-            self._drop_stale([unit for unit in self.units if unit.state in WAITING])
             caller = self.streams.current()
             self.streams.compute.wait_stream(caller)
             self._outside = (caller, self.streams.switch(self.streams.compute))
@@ -165,6 +164,7 @@ class Engine:
                 own = self._standing_bytes(component) + component.kept_bytes
                 self.keep(component, set() if others_keep else self.budget.begin(component, shapes, own))
             if component.depth == 1:
+                self._notice_edits(component.streamed)
                 component.trace = []
                 self._begin_watch(component)
                 if component.first is not None:
@@ -241,8 +241,8 @@ class Engine:
         self.order.observe(unit.number)
         if unit.component.depth:
             unit.component.trace.append(unit.number)
-        elif unit.state in WAITING:
-            self._drop_stale([unit])
+        else:
+            self._notice_edits([unit])
         self.counters.uses += 1
         missed = unit.state is State.OFFLOADED
         stream = self.streams.current()
@@ -288,8 +288,6 @@ class Engine:
     # --- loading and dropping units -------------------------------------------------------------------
 
     def _load(self, unit: Unit, in_the_way: list[Unit], current: Any = None) -> None:
-        if not unit.weights.is_intact():
-            self._transfers.take_over(unit)
         fits = unit.slot is not None and unit.slot.numel() == unit.nbytes
         unit.borrows = not fits or any(other.state is State.IN_USE for other in in_the_way)
         if unit.borrows:
@@ -300,11 +298,16 @@ class Engine:
         self._transfers.load(unit, unit.slot, current)
         self.arena.lying.append(unit)
 
-    def _drop_stale(self, units: list[Unit]) -> None:
-        """Drop those that were edited after their load was queued: the next load brings what counts."""
+    def _notice_edits(self, units: list[Unit]) -> None:
+        """Before a forward, where others have had their turn: what they did to the weights counts.
+
+        Those replaced (`weight.data = ...`) get new host memory; those loaded ahead are loaded again.
+        """
         for unit in units:
-            if unit.weights.note_edits():
+            if unit.state in WAITING and unit.weights.note_edits():
                 self._drop(unit)
+            if unit.state is State.OFFLOADED and not unit.weights.is_intact():
+                self._transfers.take_over(unit)
 
     def _drop(self, unit: Unit) -> None:
         """The bytes of `unit` are free for whatever `load` does next."""

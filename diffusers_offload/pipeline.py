@@ -86,9 +86,15 @@ class BlockOffloadMixin:
         handle = self.__dict__.get(_HANDLE)
         return handle if handle is not None and handle.enabled else None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes, also while all its weights are on the host."""
+        handle = self.block_offload
+        return handle.device if handle is not None else self._diffusers_device
+
     def maybe_free_model_hooks(self) -> None:
         """Diffusers calls this at the end of every pipeline call: what came for the call leaves, too."""
-        self._maybe_free_model_hooks_of_diffusers()
+        self._diffusers_maybe_free_model_hooks()
         handle = self.block_offload
         if handle is not None:
             handle.call_ended()

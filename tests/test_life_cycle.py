@@ -84,10 +84,12 @@ def test_save_pretrained_while_offloaded(tmp_path, device):
 def test_execution_device_and_dtype_answer_correctly(device):
     pipe = build("flux", torch.bfloat16)
     pipe.enable_block_offload(device=device)
-    assert pipe._execution_device == pipe.block_offload.device
+    assert pipe._execution_device == pipe.device == pipe.block_offload.device
     assert pipe.dtype == torch.bfloat16
     run(pipe, "flux")
-    assert pipe._execution_device == pipe.block_offload.device
+    assert pipe._execution_device == pipe.device == pipe.block_offload.device
+    pipe.disable_block_offload()
+    assert pipe._execution_device == pipe.device == torch.device("cpu")
 
 
 class Boom(Exception):

@@ -171,19 +171,23 @@ class Engine:
                     self.order.expect(component.first)
                     self.prefetch()
         except BaseException:
-            self.leave(component)
+            self.leave(component, completed=False)
             raise
         self.counters.forwards += component.depth == 1
 
-    def leave(self, component: Component) -> None:
-        """The forward of `component` is over, or failed: order the caller behind it."""
+    def leave(self, component: Component, completed: bool = True) -> None:
+        """The forward of `component` is over: order the caller behind it.
+
+        Args:
+            completed: False if it failed, so that not all of it has been seen.
+        """
         if component not in self._stack:
             return
         while self._stack:
             left = self._stack.pop()
             left.depth -= 1
             if left.depth == 0:
-                self._end_watch(left)
+                self._end_watch(left, completed)
             if left is component:
                 break
         try:
@@ -416,25 +420,27 @@ class Engine:
         if component.known or not component.streamed:
             return
         unit_of = {id(t): unit for unit in component.streamed for t in unit.weights.tensors}
-        component.known = True  # unless something is found
+        strays: list[torch.Tensor] = []
 
         def watched(tensor: torch.Tensor) -> bool:
             unit = unit_of.get(id(tensor))
             return unit is not None and unit.state not in (State.IN_USE, State.RESIDENT)
 
         def found(tensor: torch.Tensor) -> None:
-            component.known = False
+            strays.append(tensor)
             self._move_to_stem(unit_of.pop(id(tensor)), tensor)
 
-        component.watch = Watch(watched, found)
+        component.watch, component.strays = Watch(watched, found), strays
         component.watch.__enter__()
 
-    def _end_watch(self, component: Component) -> None:
-        if component.watch is not None:
-            component.watch.__exit__(None, None, None)
-            component.watch = None
-            if not component.known:
-                self._fit_arena()
+    def _end_watch(self, component: Component, completed: bool) -> None:
+        if component.watch is None:
+            return
+        component.watch.__exit__(None, None, None)
+        component.watch = None
+        component.known = completed and not component.strays
+        if component.strays:
+            self._fit_arena()
 
     def _move_to_stem(self, unit: Unit, tensor: torch.Tensor) -> None:
         """From now on `tensor` comes and goes with the component, which is running, not with its unit."""

@@ -112,7 +112,7 @@ class ComponentHook(EngineHook):
         return output
 
     def failed(self, module: nn.Module) -> None:
-        self.engine.leave(self.component)
+        self.engine.leave(self.component, completed=False)
         if not self.engine.busy:
             self.engine.call_ended()  # nobody else is going to say so
 

@@ -87,6 +87,9 @@ def test_an_exception_while_watching_ends_the_watch(device):
     assert torch.overrides._get_current_function_mode() is None
     x = torch.randn(2, 8, device=device)
     found = net(x)
+    assert not handle._engine.components[0].known  # the forward that failed had not shown everything
+    assert torch.equal(net(x), found)
+    assert handle._engine.components[0].known
     handle.disable()
     assert torch.equal(net.to(device)(x), found)
 

@@ -63,6 +63,7 @@ class Component:
         self.first: int | None = None  # the unit that its forward began with last time
         self.trace: list[int] = []  # the units of the forward under way
         self.order: list[int] = []  # of its units, as the homes were assigned for it
+        self.checked = False  # in this call: it holds the tensors that were taken in
         self.runs = 0  # forwards in this call
         self.surprise: list[int] | None = None  # the last order that the homes did not suit
         self.watch: Any = None  # looks for weights used past their unit, while the forward is new

@@ -92,16 +92,6 @@ class Engine:
             self.arena.buffer = None
         self.streams.empty_cache()
 
-    def readopt(self, component: Component) -> None:
-        """Take a component in that was released before."""
-        for unit in component.units:
-            unit.weights = renewed(unit.weights)
-            unit.state = State.OFFLOADED
-        for _ in self.adopt(component):
-            pass
-        self._clear(self.units)
-        self.open_arena()
-
     def stream_again(self, unit: Unit) -> None:
         """Undo `make_resident`."""
         component = unit.component
@@ -234,6 +224,7 @@ class Engine:
                 self._drop(unit)
         for component in self.components:
             component.displaced.clear()
+            component.checked = False
             component.runs = 0
 
     # --- the unit's forward ---------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,35 +12,15 @@ from tqdm.auto import tqdm
 
 from . import planner, slab
 from .budget import DeviceBudget
-from .component import Component, Unit
+from .component import Component
 from .engine import Engine
-from .held import Held, find_held
+from .held import STEM_CHUNK, Held, Target, build_component, find_held
 from .planner import ComponentPlan, Plan, UnitSize
-from .policy import OffloadPolicy
 from .report import GIB, Report
 from .streams import open_streams
-from .units import Anatomy, chunks, tensors_of
-from .weights import Weights
+from .units import chunks
 
-STEM_CHUNK = 256 * 2**20  # bytes moved at once, so that moving a large stem never doubles it
 _PROGRESS_FROM = GIB  # bytes from which on moving takes long enough to show a progress bar
-
-
-@dataclass(frozen=True)
-class Target:
-    """A component about to be offloaded, and how.
-
-    Attributes:
-        residents: which of the anatomy's blocks stay on the device, by index.
-        note: why the policy is not what the call asked for, or "".
-    """
-
-    name: str
-    module: nn.Module
-    policy: OffloadPolicy
-    anatomy: Anatomy
-    residents: frozenset[int] = frozenset()
-    note: str = ""
 
 
 class OffloadHandle:
@@ -60,6 +39,7 @@ class OffloadHandle:
     ) -> None:
         self.device = device
         self.plan = make_plan(targets, device)
+        self._targets = {target.name: target for target in targets}
         streams = open_streams(device)
         self._engine = Engine(
             streams, DeviceBudget(max_device_memory, streams) if max_device_memory else None
@@ -144,7 +124,13 @@ class OffloadHandle:
 
     def remember(self, held: Held) -> None:
         """A component that was forgotten is offloaded again."""
-        self._held[held.component.name] = held
+        self._held[held.target.name] = held
+        self.replan(held.target)
+
+    def replan(self, target: Target) -> None:
+        """A component was taken apart anew."""
+        self._targets[target.name] = target
+        self.plan = make_plan(list(self._targets.values()), self.device)
 
     # --- taking components in -------------------------------------------------------------------------
 
@@ -165,8 +151,8 @@ class OffloadHandle:
                     shared.owners.add(self)
                     self._held[target.name] = shared
                     continue
-                component = _component(target, owners)
-                held = Held(target.module, component, self._engine)
+                component = build_component(target, owners)
+                held = Held(target, component, self._engine)
                 held.owners.add(self)
                 self._held[target.name] = held
                 for unit in self._engine.adopt(component):
@@ -227,37 +213,3 @@ def why_not(name: str, module: nn.Module) -> str | None:
         if reason is not None:
             return f"{name}.{path} {reason}"
     return None
-
-
-def _component(target: Target, owners: dict[int, Component]) -> Component:
-    """Build the component's units; tensors that an earlier component owns stay with that one.
-
-    Args:
-        owners: which component owns a tensor, by the tensor's id; added to.
-    """
-    component = Component(target.name, target.module)
-    everything = tensors_of(target.module)
-    for tensor in everything:
-        owner = owners.setdefault(id(tensor), component)
-        if owner is not component and owner not in component.needs:
-            component.needs.append(owner)
-
-    def own(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [tensor for tensor in tensors if owners[id(tensor)] is component]
-
-    def parts(tensors: Sequence[torch.Tensor]) -> list[Unit]:
-        groups = chunks(own(tensors), STEM_CHUNK)
-        return [Unit(f"stem.{i}", None, Weights(group)) for i, group in enumerate(groups)]
-
-    if target.policy.granularity == "resident":
-        component.residents = parts(everything)
-    elif target.policy.granularity == "model":
-        component.stem = parts(everything)
-    else:
-        component.stem = parts(target.anatomy.stem)
-        for index, block in enumerate(target.anatomy.blocks):
-            tensors = own(block.tensors)
-            if tensors:
-                unit = Unit(block.name, block.module, Weights(tensors))
-                (component.residents if index in target.residents else component.streamed).append(unit)
-    return component

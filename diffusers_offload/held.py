@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +11,12 @@ import torch
 from torch import nn
 
 from . import hooks
-from .component import Component
+from .component import Component, Unit
 from .engine import Engine
 from .log import logger
-from .units import own_tensors
+from .policy import OffloadPolicy
+from .units import Anatomy, chunks, dissect, own_tensors, tensors_of
+from .weights import Weights
 
 if TYPE_CHECKING:
     from .handle import OffloadHandle
@@ -20,11 +24,74 @@ if TYPE_CHECKING:
 _SMALL = 64 * 2**20  # bytes of a component that `.to(device)` brings at once
 
 
+STEM_CHUNK = 256 * 2**20  # bytes moved at once, so that moving a large stem never doubles it
+
+
+@dataclass(frozen=True)
+class Target:
+    """A component about to be offloaded, and how.
+
+    Attributes:
+        residents: which of the anatomy's blocks stay on the device, by index.
+        note: why the policy is not what the call asked for, or "".
+    """
+
+    name: str
+    module: nn.Module
+    policy: OffloadPolicy
+    anatomy: Anatomy
+    residents: frozenset[int] = frozenset()
+    note: str = ""
+
+    def renewed(self) -> Target:
+        """The same blocks with the tensors that they hold now."""
+        modules = [block.module for block in self.anatomy.blocks]
+        staying = {id(modules[i]) for i in self.residents}
+        anatomy = dissect(self.module, modules)
+        residents = frozenset(i for i, block in enumerate(anatomy.blocks) if id(block.module) in staying)
+        return replace(self, anatomy=anatomy, residents=residents)
+
+
+def build_component(target: Target, owners: dict[int, Component]) -> Component:
+    """Build the component's units; tensors that an earlier component owns stay with that one.
+
+    Args:
+        owners: which component owns a tensor, by the tensor's id; added to.
+    """
+    component = Component(target.name, target.module)
+    everything = tensors_of(target.module)
+    for tensor in everything:
+        owner = owners.setdefault(id(tensor), component)
+        if owner is not component and owner not in component.needs:
+            component.needs.append(owner)
+
+    def own(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [tensor for tensor in tensors if owners[id(tensor)] is component]
+
+    def parts(tensors: Sequence[torch.Tensor]) -> list[Unit]:
+        groups = chunks(own(tensors), STEM_CHUNK)
+        return [Unit(f"stem.{i}", None, Weights(group)) for i, group in enumerate(groups)]
+
+    if target.policy.granularity == "resident":
+        component.residents = parts(everything)
+    elif target.policy.granularity == "model":
+        component.stem = parts(everything)
+    else:
+        component.stem = parts(target.anatomy.stem)
+        for index, block in enumerate(target.anatomy.blocks):
+            tensors = own(block.tensors)
+            if tensors:
+                unit = Unit(block.name, block.module, Weights(tensors))
+                (component.residents if index in target.residents else component.streamed).append(unit)
+    return component
+
+
 class Held:
     """A component under an engine, the hooks that put it there, and the handles that want it there."""
 
-    def __init__(self, module: nn.Module, component: Component, engine: Engine) -> None:
-        self.module = module
+    def __init__(self, target: Target, component: Component, engine: Engine) -> None:
+        self.target = target
+        self.module = target.module
         self.component = component
         self.engine = engine
         self.owners: set[OffloadHandle] = set()
@@ -46,6 +113,36 @@ class Held:
             if id(part) not in taken:
                 self._add(part, hooks.StemHook(self.engine, self.component))
         self.module.to = self._guarded_to()
+        self._tensors = {id(tensor) for tensor in tensors_of(self.module)}
+
+    def _detach_inside(self) -> None:
+        self.module.__dict__.pop("to", None)
+        inside, self._hooks = self._hooks[1:], self._hooks[:1]
+        for module, hook in inside:
+            hooks.detach(module, hook)
+
+    def check(self) -> None:
+        """Take the component apart anew if it holds other tensors than before: adapters, fused projections."""
+        if {id(tensor) for tensor in tensors_of(self.module)} != self._tensors:
+            logger.info("%s holds other weights than before: taking it apart anew", self.component.name)
+            self.engine.release_component(self.component)
+            self._detach_inside()
+            self._take_in()
+        self.component.checked = True
+
+    def _take_in(self) -> None:
+        self.target = self.target.renewed()
+        others = (component for component in self.engine.components if component is not self.component)
+        owners = {id(t): c for c in others for unit in c.units for t in unit.weights.tensors}
+        self.component = build_component(self.target, owners)
+        for _, hook in self._hooks[:1]:
+            hook.component = self.component
+        for _ in self.engine.adopt(self.component):
+            pass
+        self.engine.open_arena()
+        self._attach_inside()
+        for handle in self.owners:
+            handle.remember(self)
 
     def release(self) -> None:
         """Take the component's own hook off, and with it everything else."""
@@ -56,11 +153,8 @@ class Held:
     def restore(self) -> None:
         """The component's own hook is gone: take the others off, give the weights back."""
         self.engine.release_component(self.component)
-        self.module.__dict__.pop("to", None)
-        attached, self._hooks = self._hooks, []
-        for module, hook in attached:
-            if not isinstance(hook, hooks.ComponentHook):
-                hooks.detach(module, hook)
+        self._detach_inside()
+        self._hooks = []
         for handle in self.owners:
             handle.forget(self)
         self._former, self.owners = list(self.owners), set()
@@ -68,13 +162,9 @@ class Held:
     def take_back(self, hook: hooks.ComponentHook) -> None:
         """The component's own hook is back, as when accelerate chains another one to it."""
         self.owners, self._former = set(self._former), []
-        if not self.owners:
-            return
-        self.engine.readopt(self.component)
-        self._hooks = [(self.module, hook)]
-        self._attach_inside()
-        for handle in self.owners:
-            handle.remember(self)
+        if self.owners:
+            self._hooks = [(self.module, hook)]
+            self._take_in()
 
     def _add(self, module: nn.Module, hook: hooks.EngineHook) -> None:
         hooks.attach(module, hook)
@@ -82,10 +172,11 @@ class Held:
 
     def _guarded_to(self) -> Any:
         """`module.to` that keeps the device ours and lets dtype and memory format through."""
-        original, component = self.module.to, self.component
+        original = self.module.to
 
         @wraps(original)
         def to(*args: Any, **kwargs: Any) -> nn.Module:
+            component = self.component
             device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
             if device is not None and device != self.engine.device:
                 logger.warning(

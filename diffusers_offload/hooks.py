@@ -22,6 +22,8 @@ class Holder(Protocol):
 
     def take_back(self, hook: ComponentHook) -> None: ...
 
+    def check(self) -> None: ...
+
 
 class EngineHook(ModelHook):
     """A hook of ours: knows the engine, and hears of it when the forward raises.
@@ -99,6 +101,8 @@ class ComponentHook(EngineHook):
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        if not self.component.checked and not self.engine.busy:
+            self.held.check()
         # `encode` and `decode` of a VAE call this without arguments and never call `post_forward`.
         args, kwargs = self.send(module, args, kwargs)
         if args or kwargs:

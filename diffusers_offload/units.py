@@ -37,15 +37,18 @@ class Anatomy:
     stem: tuple[torch.Tensor, ...]
 
 
-def dissect(module: nn.Module, lists: Sequence[nn.ModuleList] | None = None) -> Anatomy:
+def dissect(module: nn.Module, blocks: Sequence[nn.Module] | None = None) -> Anatomy:
     """Take `module` apart into blocks and stem.
 
     Tensors that more than one block holds, or a block and the stem, belong to the stem.
 
     Args:
-        lists: the block lists to use; found by themselves if None.
+        blocks: the blocks to use, modules within `module`; found by themselves if None.
+
+    Raises:
+        ValueError: one of `blocks` does not belong to `module`.
     """
-    elements = list(_blocks(module)) if lists is None else _elements_of(module, lists)
+    elements = list(_blocks(module)) if blocks is None else _named(module, blocks)
     holders: dict[object, int] = {}
     for index, (_, block) in enumerate(elements):
         for tensor in tensors_of(block):
@@ -56,13 +59,13 @@ def dissect(module: nn.Module, lists: Sequence[nn.ModuleList] | None = None) -> 
     for part in outside:
         for tensor in own_tensors(part):
             holders[_identity(tensor)] = -1
-    blocks = []
+    found = []
     for name, block in elements:
         tensors = tuple(t for t in tensors_of(block) if holders[_identity(t)] != -1)
         if tensors:
-            blocks.append(Block(name, block, tensors))
+            found.append(Block(name, block, tensors))
     stem = tuple(t for t in tensors_of(module) if holders[_identity(t)] == -1)
-    return Anatomy(tuple(blocks), stem)
+    return Anatomy(tuple(found), stem)
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
@@ -102,11 +105,11 @@ def _identity(tensor: torch.Tensor) -> object:
     return id(tensor) if span.start == span.stop else (span, tensor.dtype, tensor.stride())
 
 
-def _elements_of(module: nn.Module, lists: Sequence[nn.ModuleList]) -> list[tuple[str, nn.Module]]:
+def _named(module: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
     names = {id(part): name for name, part in module.named_modules()}
-    if any(id(element) not in names for blocks in lists for element in blocks):
+    if any(id(block) not in names for block in blocks):
         raise ValueError("the blocks given do not belong to the model: pass a ModuleList of its own")
-    return [(names[id(element)], element) for blocks in lists for element in blocks]
+    return [(names[id(block)], block) for block in blocks]
 
 
 def _blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
+from diffusers_offload.component import State
 from diffusers_offload.demo import pipelines as zoo
+from diffusers_offload.watch import Watch
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu"):
@@ -24,6 +26,31 @@ def run(pipe, name: str, seed: int = 0, **changes) -> torch.Tensor:
 
 def weights_of(module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+@contextmanager
+def no_weight_used_while_offloaded(pipe) -> Iterator[None]:
+    """Fails if a torch call uses a weight whose unit is not on the device.
+
+    On the CPU such a weight can be computed with, since it lies on the host; on an accelerator it cannot.
+    """
+    held = pipe.block_offload._held.values()
+    names = {
+        id(t): f"{name}.{path}"
+        for name, module in pipe.block_offload.components.items()
+        for path, t in (*module.named_parameters(), *module.named_buffers())
+    }
+    unit_of = {id(t): unit for each in held for unit in each.component.units for t in unit.weights.tensors}
+    used: set[str] = set()
+
+    def watched(tensor: torch.Tensor) -> bool:
+        unit = unit_of.get(id(tensor))
+        return unit is not None and unit.state not in (State.IN_USE, State.RESIDENT)
+
+    with Watch(watched, lambda tensor: used.add(names.get(id(tensor), "?"))):
+        yield
+    used -= {"vae.latents_mean", "vae.latents_std"}  # LTX's pipeline reads them and moves them itself
+    assert not used, f"used while offloaded: {sorted(used)}"
 
 
 @contextmanager

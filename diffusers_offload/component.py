@@ -67,9 +67,7 @@ class Component:
         self.runs = 0  # forwards in this call
         self.surprise: list[int] | None = None  # the last order that the homes did not suit
         self.watch: Any = None  # looks for weights used past their unit, while the forward is new
-        self.strays: list[torch.Tensor] = []  # those found in this forward
         self.known = False  # a forward has run without finding one
-        self.displaced: dict[Component, int] = {}  # how often who made the stem leave in this call
 
     @property
     def units(self) -> list[Unit]:

@@ -24,7 +24,8 @@ from .order import Order
 from .report import Counters
 from .streams import Streams
 from .transfers import Transfers, renewed
-from .watch import Watch
+from .turns import Turns
+from .watch import watch_units
 
 _EMPTY_CACHE_FROM = 64 * 2**20  # bytes worth a cudaFree once a component has left
 
@@ -44,7 +45,7 @@ class Engine:
         self._transfers = Transfers(streams, self.counters)
         self._stack: list[Component] = []  # forwards under way, outermost first
         self._outside: Any = None  # what was current before the outermost forward
-        self._alternating: set[frozenset[Component]] = set()
+        self._turns = Turns()
 
     # --- taking components in, and giving them back ---------------------------------------------------
 
@@ -222,8 +223,8 @@ class Engine:
         for unit in self.units:
             if unit.state in WAITING:
                 self._drop(unit)
+        self._turns.call_ended()
         for component in self.components:
-            component.displaced.clear()
             component.checked = False
             component.runs = 0
 
@@ -343,7 +344,7 @@ class Engine:
         coming = [component, *component.needs]
         if not all(c.present for c in coming):
             leaving = [c for c in self.components if c.present and not c.depth and c not in coming]
-            self._send_away([c for c in leaving if not self._alternate(c, component)], component)
+            self._send_away([c for c in leaving if not self._may_stay(c, component)], component)
         stream = self.streams.current()
         for each in coming:
             if not each.present:
@@ -362,14 +363,11 @@ class Engine:
         unit.weights.bind()
         unit.state = State.IN_USE
 
-    def _alternate(self, present: Component, coming: Component) -> bool:
-        """Whether the two take turns within a step, so that sending one away would only bring it back."""
-        pair = frozenset((present, coming))
-        if present.displaced.get(coming, 0) >= 2 and coming.displaced.get(present, 0) >= 2:
-            together = self._standing_bytes(coming) + present.stem_bytes
-            if self.budget is None or together <= self.budget.limit:
-                self._alternating.add(pair)
-        return pair in self._alternating
+    def _may_stay(self, present: Component, coming: Component) -> bool:
+        """Whether the stem of `present` stays while `coming` runs."""
+        together = self._standing_bytes(coming) + present.stem_bytes
+        fits = self.budget is None or together <= self.budget.limit
+        return fits and self._turns.alternate(present, coming)
 
     def _send_away(self, components: list[Component], coming: Component | None = None) -> None:
         freed = 0
@@ -395,7 +393,7 @@ class Engine:
             component.users.clear()
             component.present = False
             if coming is not None:
-                component.displaced[coming] = component.displaced.get(coming, 0) + 1
+                self._turns.displaced(component, coming)
         if freed >= _EMPTY_CACHE_FROM:
             self.streams.empty_cache()
 
@@ -408,29 +406,17 @@ class Engine:
     # --- weights used past their unit -----------------------------------------------------------------
 
     def _begin_watch(self, component: Component) -> None:
-        if component.known or not component.streamed:
-            return
-        unit_of = {id(t): unit for unit in component.streamed for t in unit.weights.tensors}
-        strays: list[torch.Tensor] = []
-
-        def watched(tensor: torch.Tensor) -> bool:
-            unit = unit_of.get(id(tensor))
-            return unit is not None and unit.state not in (State.IN_USE, State.RESIDENT)
-
-        def found(tensor: torch.Tensor) -> None:
-            strays.append(tensor)
-            self._move_to_stem(unit_of.pop(id(tensor)), tensor)
-
-        component.watch, component.strays = Watch(watched, found), strays
-        component.watch.__enter__()
+        if not component.known and component.streamed:
+            component.watch = watch_units(component.streamed, self._move_to_stem)
+            component.watch.__enter__()
 
     def _end_watch(self, component: Component, completed: bool) -> None:
-        if component.watch is None:
+        watch, component.watch = component.watch, None
+        if watch is None:
             return
-        component.watch.__exit__(None, None, None)
-        component.watch = None
-        component.known = completed and not component.strays
-        if component.strays:
+        watch.__exit__(None, None, None)
+        component.known = completed and not watch.strays
+        if watch.strays:
             self._fit_arena()
 
     def _move_to_stem(self, unit: Unit, tensor: torch.Tensor) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .component import State, Unit
+
 # What an unloaded weight answers correctly: what it is, not what it holds. `device` is not among them:
 # who asks where a weight lies wants to compute there.
 _METADATA = frozenset(
@@ -71,6 +73,9 @@ class Watch(TorchFunctionMode):
     Args:
         watched: whether a tensor is one to look at.
         found: makes the tensor usable.
+
+    Attributes:
+        strays: what was found.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._watched = watched
         self._found = found
+        self.strays: list[torch.Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
@@ -86,8 +92,20 @@ class Watch(TorchFunctionMode):
         if _name(func) not in _METADATA:
             for tensor in _tensors((*args, *(kwargs or {}).values())):
                 if self._watched(tensor):
+                    self.strays.append(tensor)
                     self._found(tensor)
         return func(*args, **(kwargs or {}))
+
+
+def watch_units(units: Iterable[Unit], move: Callable[[Unit, torch.Tensor], None]) -> Watch:
+    """A watch over the tensors of `units`: calls `move` with those that are used while their unit is not."""
+    unit_of = {id(tensor): unit for unit in units for tensor in unit.weights.tensors}
+
+    def watched(tensor: torch.Tensor) -> bool:
+        unit = unit_of.get(id(tensor))
+        return unit is not None and unit.state not in (State.IN_USE, State.RESIDENT)
+
+    return Watch(watched, lambda tensor: move(unit_of.pop(id(tensor)), tensor))
 
 
 def _name(func: Any) -> str:

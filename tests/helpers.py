@@ -8,9 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from diffusers_offload.component import State
 from diffusers_offload.demo import pipelines as zoo
-from diffusers_offload.watch import Watch
+from diffusers_offload.watch import watch_units
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu"):
@@ -40,14 +39,9 @@ def no_weight_used_while_offloaded(pipe) -> Iterator[None]:
         for name, module in pipe.block_offload.components.items()
         for path, t in (*module.named_parameters(), *module.named_buffers())
     }
-    unit_of = {id(t): unit for each in held for unit in each.component.units for t in unit.weights.tensors}
+    units = [unit for each in held for unit in each.component.units]
     used: set[str] = set()
-
-    def watched(tensor: torch.Tensor) -> bool:
-        unit = unit_of.get(id(tensor))
-        return unit is not None and unit.state not in (State.IN_USE, State.RESIDENT)
-
-    with Watch(watched, lambda tensor: used.add(names.get(id(tensor), "?"))):
+    with watch_units(units, lambda unit, tensor: used.add(names.get(id(tensor), "?"))):
         yield
     used -= {"vae.latents_mean", "vae.latents_std"}  # LTX's pipeline reads them and moves them itself
     assert not used, f"used while offloaded: {sorted(used)}"

@@ -36,7 +36,7 @@ class Model(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("moved", ["before", "not at all"])
+@pytest.mark.parametrize("moved", ["before", "after", "not at all"])
 @pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("reserved", [0, 2, 3])
 def test_equals_the_plain_model(sliced, reserved, moved, device):
@@ -49,9 +49,11 @@ def test_equals_the_plain_model(sliced, reserved, moved, device):
     assert [p.stride() for p in model.parameters()] == strides or device != "cpu"
     if moved != "before":
         model.to("cpu")
-    if moved == "not at all" and device == "cpu" and torch.cuda.is_available():
+    if moved != "before" and device == "cpu" and torch.cuda.is_available():
         pytest.skip("this machine's accelerator would be taken")
     assert enable_offload(model, model.blocks, reserved) is None
+    if moved == "after":
+        model.to(device)
     for _ in range(3):
         assert torch.equal(model(x), expected)
     assert list(model.state_dict()) == keys

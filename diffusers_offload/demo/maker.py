@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 # Of weight matrices: a bit below 1, so that attention logits stay away from saturation.
 GAIN = 0.8
+_PROGRESS_FROM = 10**9  # parameters from which on filling them takes long enough to show a progress bar
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,11 @@ def randomise(model: nn.Module, seed: int) -> None:
     rounded float32 model, and a model on another kind of device is another model.
     """
     generators: dict[torch.device, torch.Generator] = {}
-    for name, parameter in model.named_parameters():
+    small = sum(parameter.numel() for parameter in model.parameters()) < _PROGRESS_FROM
+    parameters = tqdm(
+        list(model.named_parameters()), desc=type(model).__name__, disable=small or None, leave=False
+    )
+    for name, parameter in parameters:
         device = parameter.device
         generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
         noise = torch.randn(parameter.shape, generator=generator, device=device, dtype=torch.float32)

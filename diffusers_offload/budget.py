@@ -62,6 +62,11 @@ class DeviceBudget:
         self._needs[key] = max(self._needs.get(key, 0), need)
         return self._choose(component)
 
+    def forget(self, component: Component) -> None:
+        """The component is here no longer."""
+        self._needs = {key: need for key, need in self._needs.items() if key[0] is not component}
+        self._shapes.pop(component, None)
+
     def _choose(self, component: Component) -> set[Unit]:
         need = self._needs.get((component, self._shapes.get(component)))
         repeats = component.runs > 1 or any(unit.keeps for unit in component.streamed)

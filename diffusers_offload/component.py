@@ -1,4 +1,4 @@
-"""Units and components as the engine sees them: plain state, changed by the engine alone."""
+"""Units and components as the engine sees them: plain state, changed by the engine and its transfers alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .weights import Weights
 
 
 class State(Enum):
-    """Where a unit is on its way. Only the engine changes it."""
+    """Where a unit is on its way. The engine changes it, and `transfers` where a copy is queued."""
 
     OFFLOADED = "offloaded"
     LOADING = "loading"  # its load is queued

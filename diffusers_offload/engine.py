@@ -1,6 +1,6 @@
 """The engine: loads units before they are needed, binds them while they compute, lets them go.
 
-Deciding is done elsewhere (`order`, `arena`, `budget`), copying in `transfers`. What makes each step safe:
+Deciding is done elsewhere (`order`, `arena`, `budget`, `turns`), copying in `transfers`. What makes each step safe:
 
 - a unit computes after its *ready* event (recorded on `load` behind its copy);
 - a unit is overwritten after the *done* event of its last use (recorded on the stream that used it);
@@ -89,6 +89,9 @@ class Engine:
             unit.weights.restore()
             unit.state = State.RESIDENT  # where it was: whoever still predicts it finds nothing to load
         self.components.remove(component)
+        self._turns.forget(component)
+        if self.budget is not None:
+            self.budget.forget(component)
         if not any(other.streamed for other in self.components):
             self.arena.buffer = None
         self.streams.empty_cache()

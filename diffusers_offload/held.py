@@ -125,9 +125,19 @@ class Held:
         """Take the component apart anew if it holds other tensors than before: adapters, fused projections."""
         if {id(tensor) for tensor in tensors_of(self.module)} != self._tensors:
             logger.info("%s holds other weights than before: taking it apart anew", self.component.name)
+            weights = [unit.weights for unit in self.component.units]
+            origin = {
+                id(t): where for each in weights for t, where in zip(each.tensors, each.origin, strict=True)
+            }
+            for each in weights:  # by way of the host: where they came from may have no room for all of them
+                each.origin = [torch.device("cpu")] * len(each.tensors)
             self.engine.release_component(self.component)
             self._detach_inside()
             self._take_in()
+            for each in (unit.weights for unit in self.component.units):
+                each.origin = [
+                    origin.get(id(t), where) for t, where in zip(each.tensors, each.origin, strict=True)
+                ]
         self.component.checked = True
 
     def _take_in(self) -> None:

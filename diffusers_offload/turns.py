@@ -28,6 +28,12 @@ class Turns:
         """Whether the two take turns, so that sending one away would only bring it back."""
         return frozenset((one, other)) in self._pairs
 
+    def forget(self, component: Component) -> None:
+        """The component is here no longer."""
+        self._pairs = {pair for pair in self._pairs if component not in pair}
+        for pair in [pair for pair in self._displaced if component in pair]:
+            del self._displaced[pair]
+
     def call_ended(self) -> None:
         """Count anew; who has been found to alternate does so in the next call, too."""
         self._displaced.clear()

@@ -344,7 +344,7 @@ class Engine:
 
     def _bring(self, component: Component) -> None:
         """The stem of `component`, and those that it shares tensors with, are there for this stream."""
-        coming = [component, *component.needs]
+        coming = [component, *(each for each in component.needs if each in self.components)]
         if not all(c.present for c in coming):
             leaving = [c for c in self.components if c.present and not c.depth and c not in coming]
             self._send_away([c for c in leaving if not self._may_stay(c, component)], component)

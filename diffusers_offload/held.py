@@ -142,9 +142,11 @@ class Held:
 
     def _take_in(self) -> None:
         self.target = self.target.renewed()
-        others = (component for component in self.engine.components if component is not self.component)
+        before, others = self.component, list(self.engine.components)
         owners = {id(t): c for c in others for unit in c.units for t in unit.weights.tensors}
         self.component = build_component(self.target, owners)
+        for other in others:
+            other.needs = [self.component if each is before else each for each in other.needs]
         for _, hook in self._hooks[:1]:
             hook.component = self.component
         for _ in self.engine.adopt(self.component):

@@ -85,3 +85,42 @@ def test_fused_projections(device):
     pipe = build("flux")
     pipe.enable_block_offload(device=device)
     assert all(torch.equal(a, b) for a, b in zip(pictures(pipe), expected, strict=True))
+
+
+def test_a_component_whose_tensors_another_one_uses_is_taken_apart_anew(device):
+    """As with the ControlNet of Z-Image, which runs modules of its transformer."""
+
+    class Using(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.embed, self.own = model.x_embedder, torch.nn.Linear(model.x_embedder.out_features, 3)
+
+        @property
+        def device(self):
+            return self.own.weight.device
+
+        def forward(self, x):
+            return self.own(self.embed(x))
+
+    def pictures(pipe, using):
+        x = torch.randn(1, 4, pipe.transformer.config.in_channels, generator=torch.Generator().manual_seed(0))
+        yield using(x.to(device))
+        yield run(pipe, "flux")
+        add_adapter(pipe, "one", 1)
+        yield run(pipe, "flux")
+        yield using(x.to(device))
+
+    def made(device="cpu"):
+        pipe = build("flux", device=device)
+        torch.manual_seed(0)
+        using = Using(pipe.transformer.requires_grad_(False)).requires_grad_(False).to(device)
+        pipe.register_modules(image_encoder=using, feature_extractor=None)
+        return pipe, using
+
+    pipe, using = made(device)
+    expected = list(pictures(pipe, using))
+    pipe, using = made()
+    pipe.enable_block_offload(device=device)
+    assert all(torch.equal(a, b) for a, b in zip(pictures(pipe, using), expected, strict=True))
+    held = pipe.block_offload._held
+    assert held["image_encoder"].component.needs == [held["transformer"].component]

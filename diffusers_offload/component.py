@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -24,18 +26,36 @@ WAITING = (State.LOADING, State.READY)  # on the device, and not in use
 
 
 class Unit:
-    """What moves as a whole: its weights, its state and its two events."""
+    """What moves as a whole: its weights, its state and its two events.
 
-    def __init__(self, name: str, module: torch.nn.Module | None, weights: Weights) -> None:
+    Args:
+        name: its path in the component.
+        modules: those whose forwards use the weights; none for a piece of the stem.
+        weights: what moves.
+        opener: the block from whose beginning some of the weights are used, or None.
+        floats: it has no home in the arena but a buffer of its own each time it is loaded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        modules: Sequence[torch.nn.Module],
+        weights: Weights,
+        opener: torch.nn.Module | None = None,
+        floats: bool = False,
+    ) -> None:
         self.name = name
-        self.module = module
+        self.modules = tuple(modules)
+        self.opener = opener
         self.weights = weights
+        self.floats = floats
         self.state = State.OFFLOADED
         self.component: Component | None = None
         self.number = -1  # among the streamed units of the engine
         self.home = self.end = 0  # its bytes in the arena, from and up to
         self.slot: torch.Tensor | None = None  # the bytes of the arena at its home
         self.used = False  # since it was loaded
+        self.depth = 0  # forwards of its modules under way
         self.stream: Any = None  # that the forward under way computes on
         self.keeps = False  # once loaded, stays until its component leaves
         self.borrows = False  # lies outside the arena, in a buffer of its own
@@ -45,6 +65,19 @@ class Unit:
     @property
     def nbytes(self) -> int:
         return self.weights.nbytes
+
+
+@dataclass(frozen=True)
+class Stray:
+    """A tensor that was used although no forward of its unit was under way.
+
+    Attributes:
+        within: the forward of a smaller module, which holds the tensor, was: that one may be a unit.
+    """
+
+    unit: Unit
+    tensor: torch.Tensor
+    within: bool
 
 
 class Component:
@@ -68,10 +101,19 @@ class Component:
         self.surprise: list[int] | None = None  # the last order that the homes did not suit
         self.watch: Any = None  # looks for weights used past their unit, while the forward is new
         self.known = False  # a forward has run without finding one
+        self.strays: list[Stray] = []  # found in the latest forward
+        self.ran: set[Unit] = set()  # units whose own forward has run, while that is watched
+        self.late: Unit | None = None  # in use past its forward: released when the next one begins
+        self.clung: list[Unit] = []  # in use until the forward ends: something else looks at their bytes
 
     @property
     def units(self) -> list[Unit]:
         return [*self.stem, *self.residents, *self.streamed]
+
+    @property
+    def homed(self) -> list[Unit]:
+        """The streamed units that take turns in the arena."""
+        return [unit for unit in self.streamed if not unit.floats]
 
     @property
     def stem_bytes(self) -> int:

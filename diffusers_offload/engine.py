@@ -18,16 +18,18 @@ import torch
 
 from .arena import Arena, capacity_for
 from .budget import DeviceBudget
-from .component import WAITING, Component, State, Unit
-from .log import logger
+from .component import WAITING, Component, State, Stray, Unit
 from .order import Order
 from .report import Counters
+from .stems import Stems
 from .streams import Streams
 from .transfers import Transfers, renewed
 from .turns import Turns
-from .watch import watch_units
+from .units import own_tensors
+from .watch import runs_within, watch_units
 
 _EMPTY_CACHE_FROM = 64 * 2**20  # bytes worth a cudaFree once a component has left
+LOOKAHEAD = 32 * 2**20  # bytes of floating units that may wait; one may be of any size
 
 
 class Engine:
@@ -43,6 +45,10 @@ class Engine:
         self.arena = Arena()
         self.order = Order({})
         self._transfers = Transfers(streams, self.counters)
+        self._stems = Stems(streams, self._transfers)
+        self._afloat: list[Unit] = []  # floating units that were loaded and not used yet
+        self._may_wait = LOOKAHEAD  # bytes of floating units
+        self._lingers: Unit | None = None  # a floating unit that was used and is about to be used again
         self._stack: list[Component] = []  # forwards under way, outermost first
         self._outside: Any = None  # what was current before the outermost forward
         self._turns = Turns()
@@ -52,13 +58,49 @@ class Engine:
     def adopt(self, component: Component) -> Iterator[Unit]:
         """Move a component's units to where they stay; yields each unit once it is there."""
         self.components.append(component)
-        for unit in component.units:
+        yield from self._take_in(component, component.units)
+
+    def exchange(self, before: Component, after: Component) -> None:
+        """Put `after` in the place of `before`, the same module taken apart anew; units in both stay put."""
+        self._withdraw(before)
+        self.streams.synchronize()  # copies from memory that is about to go
+        staying = set(after.units)
+        origin = {}
+        for unit in before.units:
+            if unit not in staying:
+                pairs = zip(unit.weights.tensors, unit.weights.origin, strict=True)
+                origin.update((id(tensor), where) for tensor, where in pairs)
+                # By way of the host: where they came from may have no room for all of them.
+                unit.weights.origin = [torch.device("cpu")] * len(unit.weights.tensors)
+                unit.weights.restore()
+        self.components[self.components.index(before)] = after
+        for other in self.components:
+            other.needs = [after if each is before else each for each in other.needs]
+        fresh = [unit for unit in after.units if unit.component is not before]
+        for unit in fresh:  # laid out for the bytes that their tensors had before
+            unit.weights = renewed(unit.weights)
+        for _ in self._take_in(after, fresh):
+            pass
+        for unit in after.units:
+            unit.component = after
+            tensors = unit.weights.tensors
+            pairs = zip(tensors, unit.weights.origin, strict=True)
+            unit.weights.origin = [origin.get(id(tensor), where) for tensor, where in pairs]
+        self._turns.forget(before)
+        if self.budget is not None:
+            self.budget.forget(before)
+        self.open_arena()
+
+    def _take_in(self, component: Component, units: list[Unit]) -> Iterator[Unit]:
+        for unit in units:
             unit.component = component
             unit.ready, unit.done = self.streams.event(), self.streams.event()
-        for unit in component.residents:
-            self._transfers.settle(unit)
-            yield unit
-        moving = [*component.stem, *component.streamed]
+        residents = set(component.residents)
+        for unit in units:
+            if unit in residents:
+                self._transfers.settle(unit)
+                yield unit
+        moving = [unit for unit in units if unit not in residents]
         memory = self._transfers.tier.prepare([unit.nbytes for unit in moving])
         for unit, host in zip(moving, memory, strict=True):
             unit.weights.move_to_host(host)
@@ -75,8 +117,9 @@ class Engine:
             component.first = numbers[0] if numbers else None
             successors.update(zip(numbers, numbers[1:] + numbers[:1], strict=True))
         self.order = Order(successors)
+        self._may_wait = min(LOOKAHEAD, max((unit.nbytes for unit in self.units if unit.floats), default=0))
         for component in self.components:
-            component.order = [unit.number for unit in component.streamed]
+            component.order = [unit.number for unit in component.homed]
         self._fit_arena()
 
     def release_component(self, component: Component) -> None:
@@ -134,7 +177,7 @@ class Engine:
                 self._transfers.settle(unit)
             self._fit_arena()
             if component.depth:
-                self._bring(component)
+                self._stems.bring(component)
 
     # --- the component's forward --------------------------------------------------------------------
 
@@ -160,6 +203,8 @@ class Engine:
             if component.depth == 1:
                 self._notice_edits(component.streamed)
                 component.trace = []
+                component.strays.clear()
+                component.ran.clear()
                 self._begin_watch(component)
                 if component.first is not None:
                     self.order.expect(component.first)
@@ -181,7 +226,7 @@ class Engine:
             left = self._stack.pop()
             left.depth -= 1
             if left.depth == 0:
-                self._end_watch(left, completed)
+                self._let_go(left, completed)
             if left is component:
                 break
         try:
@@ -215,12 +260,13 @@ class Engine:
             unit.keeps = unit in kept
             if unit.borrows and not unit.keeps:
                 self._drop(unit)
-        self._assign_homes(component, component.order)
+        if component.homed:
+            self._assign_homes(component, component.order)
         self.prefetch()
 
     def call_ended(self) -> None:
         """The pipeline's call is over: what came for it leaves."""
-        self._send_away([c for c in self.components if c.present and not c.depth])
+        self._leave([c for c in self.components if c.present and not c.depth])
         # What was loaded ahead is dropped, too: before the next call, the user may edit weights in ways
         # that leave no trace (`weight.data.add_()`).
         for unit in self.units:
@@ -233,13 +279,25 @@ class Engine:
 
     # --- the unit's forward ---------------------------------------------------------------------------
 
-    def acquire(self, unit: Unit) -> None:
-        """The forward of `unit` begins on the current stream: its weights are there, or come at once."""
+    def acquire(self, unit: Unit, opening: bool = False) -> None:
+        """A forward of `unit` begins on the current stream: its weights are there, or come at once.
+
+        Args:
+            opening: it is the block that begins; the forward of the unit itself is still to come.
+        """
         if unit.state is State.RESIDENT:
             return
+        component = unit.component
+        if component.late is not None and component.late is not unit:
+            self._release_late(component)
+        if unit.state is State.IN_USE:
+            unit.depth += not opening
+            return
+        if self._lingers is not None:
+            self._let_linger(unit)
         self.order.observe(unit.number)
-        if unit.component.depth:
-            unit.component.trace.append(unit.number)
+        if component.depth:
+            component.trace.append(unit.number)
         else:
             self._notice_edits([unit])
         self.counters.uses += 1
@@ -252,14 +310,22 @@ class Engine:
             self.counters.arrive(unit, stream)
         stream.wait_event(unit.ready)
         unit.weights.bind()
+        if unit.floats and unit.state is State.LOADING:
+            self._afloat.remove(unit)
         unit.state = State.IN_USE
+        unit.depth = not opening
         unit.stream = stream
-        if missed:
+        if component.watch is not None and not opening:
+            component.ran.add(unit)
+        if missed or unit.floats:
             self.prefetch(stream)
 
     def release(self, unit: Unit) -> None:
         """The forward of `unit` is queued: its bytes are free behind it, and the next loads can go."""
-        if unit.state is State.IN_USE:
+        if unit.state is not State.IN_USE:
+            return
+        unit.depth -= 1
+        if unit.depth <= 0:
             stream = unit.stream
             self._retire(unit, stream)
             self.prefetch(stream)
@@ -270,27 +336,87 @@ class Engine:
         `current` is the current stream, where the caller knows it: asking costs some microseconds.
         """
         ahead: set[int] = set()
+        last = None
         for number in islice(self.order.upcoming(), len(self.units)):
+            if number == last:  # layers that were joined are used one after the other
+                continue
             if number in ahead:
                 return
-            unit = self.units[number]
+            last, unit = number, self.units[number]
             if unit.state is State.OFFLOADED:
                 if unit.keeps and not unit.component.present:
+                    return
+                if unit.floats and not unit.keeps and not self._may_float(unit, ahead):
                     return
                 in_the_way = self.arena.overwritten_by(unit)
                 for other in in_the_way:
                     if other.state is State.IN_USE or other.number in ahead:
                         return
                 self._load(unit, in_the_way, current)
+            elif unit.floats and unit.state is State.IN_USE and ahead:
+                return  # it leaves before it is used again
             ahead.add(number)
+
+    def _may_float(self, unit: Unit, ahead: set[int]) -> bool:
+        """Whether another floating unit may be loaded; those that wait although they come later make room."""
+        for _ in range(2):
+            waiting = [each for each in self._afloat if not each.keeps]
+            if not waiting or sum(each.nbytes for each in waiting) + unit.nbytes <= self._may_wait:
+                return True
+            for each in waiting:
+                if each.number not in ahead:
+                    self._drop(each)
+        return False
+
+    # --- weights used past their unit -----------------------------------------------------------------
+
+    def use_past(self, unit: Unit, tensor: torch.Tensor) -> None:
+        """`tensor` is about to be used although no forward of its unit is under way."""
+        component = unit.component
+        holders = [m for m in component.module.modules() if any(t is tensor for t in own_tensors(m))]
+        inner = [m for m in holders if m not in unit.modules]
+        component.strays.append(Stray(unit, tensor, within=runs_within(inner)))
+        self.acquire(unit, opening=True)
+        component.late = unit
+
+    def cling(self, unit: Unit) -> None:
+        """Something that outlives the unit's forward looks at its bytes: they stay until the component's ends."""
+        if unit.state is State.IN_USE and unit not in unit.component.clung:
+            unit.depth += 1
+            unit.component.clung.append(unit)
+
+    def _release_late(self, component: Component) -> None:
+        late, component.late = component.late, None
+        if late.depth <= 0:
+            self.release(late)
+
+    def _begin_watch(self, component: Component) -> None:
+        if not component.known and component.streamed:
+            component.watch = watch_units(component.streamed, self.use_past, self.cling)
+            component.watch.__enter__()
+
+    def _let_go(self, component: Component, completed: bool) -> None:
+        """The component's forward is over: so are those of its units, and what was learned counts."""
+        watch, component.watch = component.watch, None
+        if watch is not None:
+            watch.__exit__(None, None, None)
+            component.known = completed and not component.strays
+            component.checked = component.checked and component.known
+        component.late = None
+        for unit in component.streamed if component.clung or watch is not None or not completed else ():
+            unit.depth = 0
+            self.release(unit)
+        component.clung.clear()
 
     # --- loading and dropping units -------------------------------------------------------------------
 
     def _load(self, unit: Unit, in_the_way: list[Unit], current: Any = None) -> None:
-        fits = unit.slot is not None and unit.slot.numel() == unit.nbytes
+        fits = not unit.floats and unit.slot is not None and unit.slot.numel() == unit.nbytes
         unit.borrows = not fits or any(other.state is State.IN_USE for other in in_the_way)
         if unit.borrows:
             self._transfers.load(unit, self._transfers.allocate(unit.nbytes), current)
+            if unit.floats:
+                self._afloat.append(unit)
             return
         for other in in_the_way:
             self._drop(other)
@@ -312,6 +438,8 @@ class Engine:
         """The bytes of `unit` are free for whatever `load` does next."""
         if unit.used:
             self.streams.load.wait_event(unit.done)
+        if unit.floats and unit.state is State.LOADING:
+            self._afloat.remove(unit)
         unit.state = State.OFFLOADED
         if unit.borrows:
             unit.weights.place(None)
@@ -328,6 +456,15 @@ class Engine:
         if changed:
             self._transfers.write_back(unit, changed, stream)
         if unit.borrows and not (unit.keeps and unit.component.present):
+            if unit.floats and next(self.order.upcoming(), None) == unit.number:
+                self._lingers = unit
+            else:
+                self._drop(unit)
+
+    def _let_linger(self, coming: Unit) -> None:
+        """A unit that was expected to be used again lies there still: if another one comes, it goes."""
+        unit, self._lingers = self._lingers, None
+        if unit is not coming and unit.state is State.READY and unit.borrows and not unit.keeps:
             self._drop(unit)
 
     def _clear(self, units: list[Unit]) -> None:
@@ -340,31 +477,16 @@ class Engine:
             unit.weights.place(None)
             unit.slot = None
 
-    # --- stems ----------------------------------------------------------------------------------------
+    # --- components that come and leave ---------------------------------------------------------------
 
     def _bring(self, component: Component) -> None:
         """The stem of `component`, and those that it shares tensors with, are there for this stream."""
         coming = [component, *(each for each in component.needs if each in self.components)]
         if not all(c.present for c in coming):
             leaving = [c for c in self.components if c.present and not c.depth and c not in coming]
-            self._send_away([c for c in leaving if not self._may_stay(c, component)], component)
-        stream = self.streams.current()
+            self._leave([c for c in leaving if not self._may_stay(c, component)], component)
         for each in coming:
-            if not each.present:
-                each.present = True  # from here on, whatever happens, sending it away undoes what was done
-                for unit in each.stem:
-                    self._bring_unit(unit)
-            if stream not in each.users:
-                for unit in each.stem:
-                    stream.wait_event(unit.ready)
-                each.users.append(stream)
-
-    def _bring_unit(self, unit: Unit) -> None:
-        if not unit.weights.is_intact():
-            self._transfers.take_over(unit)
-        self._transfers.load(unit, self._transfers.allocate(unit.nbytes))
-        unit.weights.bind()
-        unit.state = State.IN_USE
+            self._stems.bring(each)
 
     def _may_stay(self, present: Component, coming: Component) -> bool:
         """Whether the stem of `present` stays while `coming` runs."""
@@ -372,29 +494,14 @@ class Engine:
         fits = self.budget is None or together <= self.budget.limit
         return fits and self._turns.alternate(present, coming)
 
-    def _send_away(self, components: list[Component], coming: Component | None = None) -> None:
+    def _leave(self, components: list[Component], coming: Component | None = None) -> None:
         freed = 0
         for component in components:
-            for stream in component.users:
-                self.streams.load.wait_stream(stream)
-            for unit in component.stem:
-                if unit.state is not State.IN_USE:
-                    continue
-                freed += unit.nbytes
-                unit.state = State.OFFLOADED
-                if unit.weights.was_replaced():
-                    self._transfers.take_over(unit)
-                    continue
-                changed = unit.weights.unbind()
-                if changed:
-                    self._transfers.write_back(unit, changed, self.streams.load)  # which waits for all users
-                unit.weights.place(None)
+            freed += self._stems.send_away(component)
             for unit in component.streamed:
                 if unit.keeps and unit.borrows:
                     self._drop(unit)
                     freed += unit.nbytes
-            component.users.clear()
-            component.present = False
             if coming is not None:
                 self._turns.displaced(component, coming)
         if freed >= _EMPTY_CACHE_FROM:
@@ -403,51 +510,15 @@ class Engine:
     def _withdraw(self, component: Component) -> None:
         """Everything of `component` that moves is on the host afterwards."""
         if component.present:
-            self._send_away([component])
+            self._leave([component])
         self._clear(component.streamed)
-
-    # --- weights used past their unit -----------------------------------------------------------------
-
-    def _begin_watch(self, component: Component) -> None:
-        if not component.known and component.streamed:
-            component.watch = watch_units(component.streamed, self._move_to_stem)
-            component.watch.__enter__()
-
-    def _end_watch(self, component: Component, completed: bool) -> None:
-        watch, component.watch = component.watch, None
-        if watch is None:
-            return
-        watch.__exit__(None, None, None)
-        component.known = completed and not watch.strays
-        if watch.strays:
-            self._fit_arena()
-
-    def _move_to_stem(self, unit: Unit, tensor: torch.Tensor) -> None:
-        """From now on `tensor` comes and goes with the component, which is running, not with its unit."""
-        component = unit.component
-        logger.info(
-            "%s.%s: a weight is used past the block's forward, so it stays in the stem",
-            component.name,
-            unit.name,
-        )
-        if unit.state in WAITING:
-            self._drop(unit)
-        self.streams.synchronize()  # copies from the memory that the unit is about to leave
-        stray = Unit(f"{unit.name} (part)", None, unit.weights.split_off(tensor))
-        stray.component = component
-        stray.ready, stray.done = self.streams.event(), self.streams.event()
-        for each in (unit, stray):
-            each.weights.move_to_host(self._transfers.tier.allocate(each.weights.nbytes))
-        self._bring_unit(stray)
-        self.streams.current().wait_event(stray.ready)
-        component.stem.append(stray)
 
     # --- homes ----------------------------------------------------------------------------------------
 
     def _learn(self, component: Component) -> None:
         """Assign homes anew when the units ran in an order that the homes do not suit."""
         component.first = component.trace[0]
-        order = list(dict.fromkeys(component.trace))
+        order = list(dict.fromkeys(n for n in component.trace if not self.units[n].floats))
         if _is_subsequence(order, component.order):
             return
         # The first surprise counts at once; after that, an order that keeps changing is not worth following.
@@ -468,7 +539,7 @@ class Engine:
         """An arena of the size that the units need, and a home for each."""
         if not self.units:
             return
-        needed = max(capacity_for([unit.nbytes for unit in c.streamed]) for c in self.components)
+        needed = max(capacity_for([unit.nbytes for unit in c.homed]) for c in self.components)
         if needed != self.arena.capacity:
             self._clear(self.units)
             self.arena.buffer = None

@@ -182,7 +182,7 @@ def make_plan(targets: Sequence[Target], device: torch.device) -> Plan:
     """What `targets` come to: sizes in bytes, one arena for all."""
     plans = []
     for target in targets:
-        sizes = [UnitSize(b.name, slab.lay_out(b.tensors).nbytes) for b in target.anatomy.blocks]
+        sizes = [UnitSize(b.name, slab.lay_out(b.tensors).nbytes) for b in target.anatomy.parts]
         stem = sum(slab.lay_out(group).nbytes for group in chunks(target.anatomy.stem, STEM_CHUNK))
         stays = target.policy.granularity == "resident"
         residents = [sizes[i] for i in sorted(target.residents)]
@@ -195,7 +195,7 @@ def make_plan(targets: Sequence[Target], device: torch.device) -> Plan:
                 name=target.name,
                 policy=target.policy,
                 streamed=tuple(size for i, size in enumerate(sizes) if i not in target.residents)
-                if target.policy.granularity == "block"
+                if target.policy.streams
                 else (),
                 residents=tuple(residents),
                 stem_bytes=0 if stays else stem,

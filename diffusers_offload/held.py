@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from .component import Component, Unit
 from .engine import Engine
 from .log import logger
 from .policy import OffloadPolicy
-from .units import Anatomy, chunks, dissect, own_tensors, tensors_of
+from .units import Anatomy, Findings, Part, chunks, dissect, own_tensors, tensors_of
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ class Target:
     """A component about to be offloaded, and how.
 
     Attributes:
-        residents: which of the anatomy's blocks stay on the device, by index.
+        residents: which of the anatomy's parts stay on the device, by index.
+        blocks: what was given as its blocks; None if they are found.
+        findings: what running it has shown.
         note: why the policy is not what the call asked for, or "".
     """
 
@@ -41,22 +43,37 @@ class Target:
     policy: OffloadPolicy
     anatomy: Anatomy
     residents: frozenset[int] = frozenset()
+    blocks: tuple[nn.Module, ...] | None = None
+    findings: Findings = field(default_factory=Findings)
     note: str = ""
 
-    def renewed(self) -> Target:
-        """The same blocks with the tensors that they hold now."""
-        modules = [block.module for block in self.anatomy.blocks]
-        staying = {id(modules[i]) for i in self.residents}
-        anatomy = dissect(self.module, modules)
-        residents = frozenset(i for i, block in enumerate(anatomy.blocks) if id(block.module) in staying)
-        return replace(self, anatomy=anatomy, residents=residents)
+    def renewed(self, component: Component | None = None) -> Target:
+        """The same component with the tensors that it holds now, and with what its last forward taught.
+
+        A unit that was passed over while its parts ran is taken apart; what was used besides stays in the stem.
+        """
+        strays = component.strays if component is not None else ()
+        passed = [stray for stray in strays if stray.within and stray.unit not in component.ran]
+        single = {id(stray.tensor) for stray in strays if stray not in passed}
+        bypassed = {module for stray in passed for module in stray.unit.modules}
+        findings = Findings(self.findings.bypassed | bypassed, self.findings.strays | single)
+        granularity = self.policy.granularity if self.policy.streams else "block"
+        anatomy = dissect(self.module, granularity, self.blocks, findings)
+        staying = {id(module) for i in self.residents for module in self.anatomy.parts[i].modules}
+        residents = frozenset(
+            i for i, part in enumerate(anatomy.parts) if all(id(module) in staying for module in part.modules)
+        )
+        return replace(self, anatomy=anatomy, residents=residents, findings=findings)
 
 
-def build_component(target: Target, owners: dict[int, Component]) -> Component:
+def build_component(
+    target: Target, owners: dict[int, Component], before: Component | None = None
+) -> Component:
     """Build the component's units; tensors that an earlier component owns stay with that one.
 
     Args:
         owners: which component owns a tensor, by the tensor's id; added to.
+        before: the component as it was: units of it that are still right are used again.
     """
     component = Component(target.name, target.module)
     everything = tensors_of(target.module)
@@ -64,26 +81,48 @@ def build_component(target: Target, owners: dict[int, Component]) -> Component:
         owner = owners.setdefault(id(tensor), component)
         if owner is not component and owner not in component.needs:
             component.needs.append(owner)
+    earlier = _by_contents(before) if before is not None else {}
 
     def own(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [tensor for tensor in tensors if owners[id(tensor)] is component]
 
-    def parts(tensors: Sequence[torch.Tensor]) -> list[Unit]:
+    def unit(role: str, name: str, tensors: Sequence[torch.Tensor], part: Part | None = None) -> Unit:
+        modules, opener = (part.modules, part.opener) if part is not None else ((), None)
+        again = earlier.get((role, modules, opener, tuple(map(id, tensors))))
+        if again is not None:
+            again.name = name
+            return again
+        floats = target.policy.granularity == "leaf" and part is not None
+        return Unit(name, modules, Weights(tensors), opener, floats)
+
+    def pieces(role: str, tensors: Sequence[torch.Tensor]) -> list[Unit]:
         groups = chunks(own(tensors), STEM_CHUNK)
-        return [Unit(f"stem.{i}", None, Weights(group)) for i, group in enumerate(groups)]
+        return [unit(role, f"stem.{i}", group) for i, group in enumerate(groups)]
 
     if target.policy.granularity == "resident":
-        component.residents = parts(everything)
+        component.residents = pieces("resident", everything)
     elif target.policy.granularity == "model":
-        component.stem = parts(everything)
+        component.stem = pieces("stem", everything)
     else:
-        component.stem = parts(target.anatomy.stem)
-        for index, block in enumerate(target.anatomy.blocks):
-            tensors = own(block.tensors)
+        component.stem = pieces("stem", target.anatomy.stem)
+        for index, part in enumerate(target.anatomy.parts):
+            tensors = own(part.tensors)
+            stays = index in target.residents
             if tensors:
-                unit = Unit(block.name, block.module, Weights(tensors))
-                (component.residents if index in target.residents else component.streamed).append(unit)
+                units = component.residents if stays else component.streamed
+                units.append(unit("resident" if stays else "streamed", part.name, tensors, part))
     return component
+
+
+def _by_contents(component: Component) -> dict[tuple, Unit]:
+    """The units of a component that lie where they were put, by role, modules and tensors."""
+    roles = {"stem": component.stem, "resident": component.residents, "streamed": component.streamed}
+    return {
+        (role, unit.modules, unit.opener, tuple(map(id, unit.weights.tensors))): unit
+        for role, units in roles.items()
+        for unit in units
+        if unit.weights.is_undisturbed()
+    }
 
 
 class Held:
@@ -107,7 +146,10 @@ class Held:
         stem = {id(tensor) for unit in self.component.stem for tensor in unit.weights.tensors}
         holders = [part for part in self.module.modules() if any(id(t) in stem for t in own_tensors(part))]
         for unit in self.component.streamed:
-            self._add(unit.module, hooks.UnitHook(self.engine, unit, brings_stem=unit.module in holders))
+            if unit.opener is not None:
+                self._add(unit.opener, hooks.OpenerHook(self.engine, unit, unit.opener in holders))
+            for module in unit.modules:
+                self._add(module, hooks.UnitHook(self.engine, unit, module in holders))
         taken = {id(module) for module, _ in self._hooks}
         for part in holders:
             if id(part) not in taken:
@@ -119,39 +161,46 @@ class Held:
         self.module.__dict__.pop("to", None)
         inside, self._hooks = self._hooks[1:], self._hooks[:1]
         for module, hook in inside:
+            hook.retired = True
             hooks.detach(module, hook)
 
     def check(self) -> None:
-        """Take the component apart anew if it holds other tensors than before: adapters, fused projections."""
+        """Take the component apart anew if it holds other tensors than before, or uses them in other places."""
         if {id(tensor) for tensor in tensors_of(self.module)} != self._tensors:
             logger.info("%s holds other weights than before: taking it apart anew", self.component.name)
-            weights = [unit.weights for unit in self.component.units]
-            origin = {
-                id(t): where for each in weights for t, where in zip(each.tensors, each.origin, strict=True)
-            }
-            for each in weights:  # by way of the host: where they came from may have no room for all of them
-                each.origin = [torch.device("cpu")] * len(each.tensors)
-            self.engine.release_component(self.component)
-            self._detach_inside()
-            self._take_in()
-            for each in (unit.weights for unit in self.component.units):
-                each.origin = [
-                    origin.get(id(t), where) for t, where in zip(each.tensors, each.origin, strict=True)
-                ]
+            self._take_apart_anew()
+        elif self.component.strays:
+            count = len({stray.unit for stray in self.component.strays})
+            logger.info(
+                "%s: weights of %d units are used past their forwards: taking it apart anew",
+                self.component.name,
+                count,
+            )
+            self._take_apart_anew()
         self.component.checked = True
 
-    def _take_in(self) -> None:
-        self.target = self.target.renewed()
-        before, others = self.component, list(self.engine.components)
+    def _take_apart_anew(self) -> None:
+        before, others = self.component, [c for c in self.engine.components if c is not self.component]
+        self._detach_inside()
+        self.target = self.target.renewed(before)
         owners = {id(t): c for c in others for unit in c.units for t in unit.weights.tensors}
+        self.component = build_component(self.target, owners, before)
+        self.engine.exchange(before, self.component)
+        self._adopt_hooks()
+
+    def _take_in(self) -> None:
+        """Come back under the engine, after the component's own hook had gone."""
+        self.target = self.target.renewed()
+        owners = {id(t): c for c in self.engine.components for unit in c.units for t in unit.weights.tensors}
         self.component = build_component(self.target, owners)
-        for other in others:
-            other.needs = [self.component if each is before else each for each in other.needs]
-        for _, hook in self._hooks[:1]:
-            hook.component = self.component
         for _ in self.engine.adopt(self.component):
             pass
         self.engine.open_arena()
+        self._adopt_hooks()
+
+    def _adopt_hooks(self) -> None:
+        for _, hook in self._hooks[:1]:
+            hook.component = self.component
         self._attach_inside()
         for handle in self.owners:
             handle.remember(self)

@@ -34,6 +34,7 @@ class EngineHook(ModelHook):
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.retired = False  # taken off by us: nobody has to do without it
 
     @property
     def execution_device(self) -> torch.device:
@@ -143,7 +144,9 @@ class StemHook(EngineHook):
 
 
 class UnitHook(EngineHook):
-    """On a streamed unit: its weights are there while it computes, and free behind it."""
+    """On a module of a streamed unit: its weights are there while it computes, and free behind it."""
+
+    opening = False
 
     def __init__(self, engine: Engine, unit: Unit, brings_stem: bool) -> None:
         super().__init__(engine)
@@ -161,7 +164,7 @@ class UnitHook(EngineHook):
             args, kwargs = self.send(module, args, kwargs)
             if self.brings_stem:
                 self.engine.touch(self.unit.component)
-        self.engine.acquire(self.unit)
+        self.engine.acquire(self.unit, self.opening)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -175,7 +178,8 @@ class UnitHook(EngineHook):
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Without its hook a unit can only work if it stays on the device."""
-        self.engine.make_resident(self.unit)
+        if not self.retired:
+            self.engine.make_resident(self.unit)
         return super().detach_hook(module)
 
     def _refuse_gradients(self, values: Iterable[Any]) -> None:
@@ -187,6 +191,12 @@ class UnitHook(EngineHook):
                 "whose weights leave the device after its forward. Call it under torch.no_grad() or "
                 "torch.inference_mode(), set requires_grad_(False), or disable the block offload to train."
             )
+
+
+class OpenerHook(UnitHook):
+    """On a block that holds some of its first phase's weights itself: they are there from its beginning."""
+
+    opening = True
 
 
 def _keep_later_wrappers(module: nn.Module) -> None:

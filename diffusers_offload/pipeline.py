@@ -178,18 +178,18 @@ def plan_targets(
 
 def _target(name: str, module: nn.Module, request: Request) -> Target:
     policy = request.policy_for(name)
-    anatomy = dissect(module)
-    if policy.granularity != "block":
-        return Target(name, module, policy, anatomy)
+    if not policy.streams:
+        return Target(name, module, policy, dissect(module))
+    anatomy = dissect(module, policy.granularity)
     by_name = name in request.by_name
-    if not anatomy.blocks and by_name:
+    if not anatomy.parts and by_name:
         raise ValueError(
             f"{name} ({type(module).__name__}) has no blocks that could be streamed: use 'model' or 'resident'"
         )
-    if not anatomy.blocks or (_is_autoencoder(module) and not by_name):
-        note = "an autoencoder, run in tiles" if anatomy.blocks else "no blocks found"
+    if not anatomy.parts or (_is_autoencoder(module) and not by_name):
+        note = "an autoencoder, run in tiles" if anatomy.parts else "no blocks found"
         return Target(name, module, OffloadPolicy("model"), anatomy, note=note)
-    sizes = [slab.lay_out(block.tensors).nbytes for block in anatomy.blocks]
+    sizes = [slab.lay_out(part.tensors).nbytes for part in anatomy.parts]
     return Target(name, module, policy, anatomy, frozenset(planner.choose_residents(sizes, policy.ratio)))
 
 
@@ -209,7 +209,10 @@ def _shared_target(
             f"components[{name!r}]={wanted} differs from the policy {plan.policy} that another pipeline gave this "
             "component: leave it out to share that, or disable the block offload of that pipeline first"
         )
-    return Target(name, module, plan.policy, dissect(module), note="shared with another pipeline")
+    granularity = plan.policy.granularity if plan.policy.streams else "block"
+    return Target(
+        name, module, plan.policy, dissect(module, granularity), note="shared with another pipeline"
+    )
 
 
 def _is_autoencoder(module: nn.Module) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-GRANULARITIES = ("resident", "model", "block")
+GRANULARITIES = ("resident", "model", "block", "phase", "leaf")
+STREAMING = ("block", "phase", "leaf")  # of these, what comes in units, which take turns on the device
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,10 @@ class OffloadPolicy:
 
     Args:
         granularity: "resident" keeps the component on the device, "model" brings it as a whole when it
-            runs and sends it away afterwards, "block" streams its blocks one after the other.
-        ratio: share of the blocks' bytes that streams, 0.0 to 1.0; the rest stays on the device, spread
-            evenly over the order. Only with "block".
+            runs and sends it away afterwards. The others stream it: "block" by block, "phase" by phase
+            (the attentions, feed-forwards and norms of each block), "leaf" layer by layer.
+        ratio: share of the units' bytes that streams, 0.0 to 1.0; the rest stays on the device, spread
+            evenly over the order. Only with the granularities that stream.
 
     Raises:
         ValueError: an unknown granularity, a ratio outside 0-1 or one that has no blocks to go with.
@@ -31,10 +33,16 @@ class OffloadPolicy:
                 f"granularity={self.granularity!r} is not known; use one of {', '.join(map(repr, GRANULARITIES))}"
             )
         object.__setattr__(self, "ratio", check_ratio("ratio", self.ratio))
-        if self.ratio != 1.0 and self.granularity != "block":
+        if self.ratio != 1.0 and not self.streams:
             raise ValueError(
-                f"ratio={self.ratio} goes with granularity='block', not {self.granularity!r}: leave it out"
+                f"ratio={self.ratio} goes with granularity='block', 'phase' or 'leaf', "
+                f"not {self.granularity!r}: leave it out"
             )
+
+    @property
+    def streams(self) -> bool:
+        """Whether the component's weights take turns on the device."""
+        return self.granularity in STREAMING
 
 
 def check_ratio(name: str, value: float) -> float:
@@ -105,11 +113,11 @@ def parse_request(
     ratio = None
     if offload_ratio is not None:
         ratio = check_ratio("offload_ratio", offload_ratio)
-        if offload_granularity == "block":
+        if default.streams:
             default = replace(default, ratio=ratio)
         elif ratio != 1.0:
             raise ValueError(
-                f"offload_ratio={offload_ratio} goes with offload_granularity='block', "
+                f"offload_ratio={offload_ratio} goes with offload_granularity='block', 'phase' or 'leaf', "
                 f"not {offload_granularity!r}: leave it out"
             )
     if components is not None and not isinstance(components, Mapping):
@@ -135,4 +143,4 @@ def _parse_policy(name: str, wanted: str | OffloadPolicy, ratio: float | None) -
             f"components[{name!r}]={wanted!r} is not known; use an OffloadPolicy "
             f"or one of {', '.join(map(repr, GRANULARITIES))}"
         )
-    return OffloadPolicy(wanted, 1.0 if ratio is None or wanted != "block" else ratio)
+    return OffloadPolicy(wanted, 1.0 if ratio is None or wanted not in STREAMING else ratio)

@@ -6,10 +6,14 @@ loop). No inspection tells; the first forwards do. While they run, every torch c
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .component import State, Unit
@@ -73,39 +77,105 @@ class Watch(TorchFunctionMode):
     Args:
         watched: whether a tensor is one to look at.
         found: makes the tensor usable.
-
-    Attributes:
-        strays: what was found.
+        seen_by: called with a tensor that `found` was called with, if the call's result looks at its bytes.
     """
 
     def __init__(
-        self, watched: Callable[[torch.Tensor], bool], found: Callable[[torch.Tensor], None]
+        self,
+        watched: Callable[[torch.Tensor], bool],
+        found: Callable[[torch.Tensor], None],
+        seen_by: Callable[[torch.Tensor], None] = lambda tensor: None,
     ) -> None:
         super().__init__()
         self._watched = watched
         self._found = found
-        self.strays: list[torch.Tensor] = []
+        self._seen_by = seen_by
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
-        if _name(func) not in _METADATA:
-            for tensor in _tensors((*args, *(kwargs or {}).values())):
-                if self._watched(tensor):
-                    self.strays.append(tensor)
-                    self._found(tensor)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if _name(func) in _METADATA:
+            return func(*args, **kwargs)
+        strays = [tensor for tensor in _tensors((*args, *kwargs.values())) if self._watched(tensor)]
+        for tensor in strays:
+            self._found(tensor)
+        result = func(*args, **kwargs)
+        for tensor in strays:
+            if any(_same_memory(tensor, each) for each in _tensors((result,))):
+                self._seen_by(tensor)
+        return result
 
 
-def watch_units(units: Iterable[Unit], move: Callable[[Unit, torch.Tensor], None]) -> Watch:
-    """A watch over the tensors of `units`: calls `move` with those that are used while their unit is not."""
+def watch_units(
+    units: Iterable[Unit],
+    use: Callable[[Unit, torch.Tensor], None],
+    cling: Callable[[Unit], None] = lambda unit: None,
+) -> Watch:
+    """A watch over the tensors of `units`: calls `use` with those that are used while their unit is not.
+
+    Args:
+        cling: called with a unit whose bytes the result of such a use looks at.
+    """
     unit_of = {id(tensor): unit for unit in units for tensor in unit.weights.tensors}
 
     def watched(tensor: torch.Tensor) -> bool:
         unit = unit_of.get(id(tensor))
-        return unit is not None and unit.state not in (State.IN_USE, State.RESIDENT)
+        if unit is None or unit.state is State.RESIDENT:
+            return False
+        return unit.state is not State.IN_USE or (unit.depth <= 0 and unit.component.late is unit)
 
-    return Watch(watched, lambda tensor: move(unit_of.pop(id(tensor)), tensor))
+    return Watch(watched, lambda t: use(unit_of[id(t)], t), lambda t: cling(unit_of[id(t)]))
+
+
+@contextmanager
+def left_alone(module: nn.Module) -> Iterator[None]:
+    """Lets torch's attention layers within `module` run without a watch, which they would notice.
+
+    Under a function mode they take another path, whose result may differ by a bit.
+    """
+    with ExitStack() as stack:
+        for part in module.modules():
+            if isinstance(part, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+                stack.enter_context(_without_modes(part))
+        yield
+
+
+@contextmanager
+def _without_modes(module: nn.Module) -> Iterator[None]:
+    forward, shadowed = module.forward, module.__dict__.get("forward")
+
+    @functools.wraps(forward)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return forward(*args, **kwargs)
+
+    module.forward = alone
+    try:
+        yield
+    finally:
+        if shadowed is None:
+            del module.forward
+        else:
+            module.forward = shadowed
+
+
+def runs_within(modules: Iterable[nn.Module]) -> bool:
+    """Whether the forward of one of `modules` is under way in this thread."""
+    wanted = {id(module) for module in modules}
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and id(frame.f_locals.get("self")) in wanted:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    try:
+        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # no storage: nothing to look at
+        return False
 
 
 def _name(func: Any) -> str:

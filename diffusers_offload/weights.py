@@ -57,24 +57,6 @@ class Weights:
         self._point_at(self._device_views)
         self.moved = True
 
-    def split_off(self, tensor: torch.Tensor) -> Weights:
-        """Let go of `tensor` and of whatever shares bytes with it; returns these as weights of their own.
-
-        Both are laid out anew and have no host memory yet.
-        """
-        span = slab.span_of(tensor)
-        together = {id(t) for t in self.tensors if slab.overlap(slab.span_of(t), span)} | {id(tensor)}
-        origin = dict(zip(map(id, self.tensors), self.origin, strict=True))
-        parts = (
-            [t for t in self.tensors if id(t) in together],
-            [t for t in self.tensors if id(t) not in together],
-        )
-        split, rest = (Weights(part) for part in parts)
-        split.origin, rest.origin = ([origin[id(t)] for t in part] for part in parts)
-        split.moved = rest.moved = self.moved
-        self.__dict__.update(rest.__dict__)
-        return split
-
     def place(self, buffer: torch.Tensor | None) -> None:
         """From now on `bind` points the tensors into `buffer` (uint8, on the device); None: nowhere."""
         if buffer is not self._place:  # a unit that returns to its home finds its views there
@@ -104,6 +86,12 @@ class Weights:
     def is_intact(self) -> bool:
         """Whether the unbound tensors still point at the host bytes: false after `tensor.data = ...`."""
         return self._host_addresses == [tensor.data_ptr() for tensor in self.tensors]
+
+    def is_undisturbed(self) -> bool:
+        """Whether the tensors point where they were moved, on the host or to stay on the device."""
+        if self.host is not None:
+            return self.is_intact()
+        return not self.moved or not self.was_replaced()
 
     def was_replaced(self) -> bool:
         """Whether the bound tensors point elsewhere than they were bound to: after `tensor.data = ...`."""

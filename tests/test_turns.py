@@ -29,14 +29,15 @@ def test_two_that_keep_displacing_each_other_alternate_from_then_on():
 
 def stems_brought(pipe, name, steps):
     engine, brought = pipe.block_offload._engine, []
+    stems = engine._stems
 
-    def noted(unit, real=engine._bring_unit):
+    def noted(unit, real=stems.bring_unit):
         brought.append(unit.component.name)
         real(unit)
 
-    engine._bring_unit = noted
+    stems.bring_unit = noted
     run(pipe, name, num_inference_steps=steps)
-    del engine._bring_unit
+    del stems.bring_unit
     return brought
 
 

@@ -42,9 +42,9 @@ def test_strays_move_to_the_stem_and_nothing_else_does(device):
     expected = net(x)
     net.to("cpu")
     handle = diffusers_offload.enable_block_offload(net, device=device)
-    component = handle._engine.components[0]
     for _ in range(4):
         assert torch.equal(net(x), expected)
+    component = handle._engine.components[0]
     stem = {id(t) for unit in component.stem for t in unit.weights.tensors}
     names = {name for name, p in net.named_parameters() if id(p) in stem}
     assert names == {
@@ -121,4 +121,10 @@ def test_dit_reads_the_embedder_of_its_first_block(device):
     handle = diffusers_offload.enable_block_offload(model, device=device)
     for _ in range(3):
         assert torch.equal(model(**inputs).sample, expected)
-    assert any("transformer_blocks.0" in unit.name for unit in handle._engine.components[0].stem)
+    stem = {id(t) for unit in handle._engine.components[0].stem for t in unit.weights.tensors}
+    names = {name for name, p in model.named_parameters() if id(p) in stem}
+    assert {name for name in names if "transformer_blocks" in name} == {
+        f"transformer_blocks.0.norm1.emb.{layer}.{kind}"
+        for layer in ("timestep_embedder.linear_1", "timestep_embedder.linear_2")
+        for kind in ("weight", "bias")
+    } | {"transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"}

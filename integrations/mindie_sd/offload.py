@@ -30,9 +30,9 @@ def enable_offload(model: nn.Module, blocks: nn.ModuleList, min_reserved_blocks_
     if held_policy(model) is not None:
         return
     reserved = {id(block) for block in blocks[:min_reserved_blocks_count]}
-    anatomy = dissect(model, list(blocks))
-    residents = frozenset(i for i, block in enumerate(anatomy.blocks) if id(block.module) in reserved)
-    target = Target(type(model).__name__, model, OffloadPolicy("block"), anatomy, residents)
+    anatomy = dissect(model, blocks=list(blocks))
+    residents = frozenset(i for i, part in enumerate(anatomy.parts) if id(part.modules[0]) in reserved)
+    target = Target(type(model).__name__, model, OffloadPolicy("block"), anatomy, residents, tuple(blocks))
     OffloadHandle([target], _device_of(model))  # the hooks on the model keep it alive
 
 

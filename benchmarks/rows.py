@@ -64,10 +64,12 @@ def _accelerate(model: nn.Module, device: torch.device) -> None:
     accelerate.cpu_offload(model, execution_device=device)
 
 
-def _ours(ratio: float) -> Enable:
+def _ours(ratio: float, granularity: str = "block") -> Enable:
     def enable(model: nn.Module, device: torch.device) -> Any:
         diffusers_offload = import_module("diffusers_offload")
-        return diffusers_offload.enable_block_offload(model, device=device, offload_ratio=ratio)
+        return diffusers_offload.enable_block_offload(
+            model, device=device, offload_granularity=granularity, offload_ratio=ratio
+        )
 
     return enable
 
@@ -81,6 +83,8 @@ ROWS = {
     "accelerate": Row(_accelerate, from_host=True, packages=("accelerate",), warm_ups=1, at_most=2),
     "ours": Row(_ours(1.0), **_OURS),
     "ours-half": Row(_ours(0.5), **_OURS),
+    "ours-phase": Row(_ours(1.0, "phase"), **_OURS),
+    "ours-leaf": Row(_ours(1.0, "leaf"), **_OURS),
 }
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .component import Unit
 
 
+LOOKAHEAD = 32 * 2**20  # bytes of units outside the arena that may wait for their use; one may be of any size
+
+
 class Arena:
     """The buffer, and which units lie in it.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .arena import Arena, capacity_for
+from .arena import LOOKAHEAD, Arena, capacity_for
 from .budget import DeviceBudget
 from .component import WAITING, Component, State, Stray, Unit
 from .order import Order
@@ -29,7 +29,6 @@ from .units import own_tensors
 from .watch import runs_within, watch_units
 
 _EMPTY_CACHE_FROM = 64 * 2**20  # bytes worth a cudaFree once a component has left
-LOOKAHEAD = 32 * 2**20  # bytes of floating units that may wait; one may be of any size
 
 
 class Engine:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import planner, slab
+from . import slab
 from .budget import DeviceBudget
 from .component import Component
 from .engine import Engine
@@ -202,8 +202,7 @@ def make_plan(targets: Sequence[Target], device: torch.device) -> Plan:
                 note=target.note,
             )
         )
-    arena = planner.arena_bytes([[unit.nbytes for unit in plan.streamed] for plan in plans])
-    return Plan(str(device), tuple(plans), arena)
+    return Plan(str(device), tuple(plans))
 
 
 def why_not(name: str, module: nn.Module) -> str | None:

@@ -44,6 +44,21 @@ class ComponentPlan:
     def resident_bytes(self) -> int:
         return sum(unit.nbytes for unit in self.residents)
 
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes in which any two of its units fit; leaves have no place in the arena."""
+        return 0 if self._floats else arena.capacity_for([unit.nbytes for unit in self.streamed])
+
+    @property
+    def floating_bytes(self) -> int:
+        """Most bytes of leaves on the device at once: one in use, and what is loaded ahead."""
+        sizes = sorted(unit.nbytes for unit in self.streamed) if self._floats else []
+        return sum(sizes[-1:]) + max(sum(sizes[-2:-1]), min(arena.LOOKAHEAD, sum(sizes[:-1])))
+
+    @property
+    def _floats(self) -> bool:
+        return self.policy.granularity == "leaf"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -51,13 +66,17 @@ class Plan:
 
     device: str
     components: tuple[ComponentPlan, ...]
-    arena_bytes: int
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the arena: what the most demanding component needs."""
+        return max((component.arena_bytes for component in self.components), default=0)
 
     @property
     def device_bytes(self) -> int:
         """Most bytes of weights on the device at once, where no two components alternate."""
-        stems = max((c.stem_bytes for c in self.components), default=0)
-        return self.arena_bytes + stems + sum(c.resident_bytes for c in self.components)
+        running = max((c.stem_bytes + c.floating_bytes for c in self.components), default=0)
+        return self.arena_bytes + running + sum(c.resident_bytes for c in self.components)
 
     @property
     def host_bytes(self) -> int:
@@ -129,8 +148,3 @@ def check_budget(plan: Plan, limit: int) -> None:
         f"they need {', '.join(parts)}. Give more, or stream more: the policy 'block' for that component, "
         "a larger offload_ratio, 'model' instead of 'resident'."
     )
-
-
-def arena_bytes(components: Sequence[Sequence[int]]) -> int:
-    """Bytes of an arena in which any two units of one component fit, for the most demanding component."""
-    return max((arena.capacity_for(sizes) for sizes in components), default=0)

@@ -1,8 +1,8 @@
 """Which units stay on the device, so that a cycle is as short as can be found. Pure functions.
 
-An even spread by bytes lets the transfers keep step with the bytes, not with the computing: where blocks differ in
-how long they compute per byte, the load engine waits for free bytes here and is late there. So some
-choices are played through (`timeline`), the even spread first, and the shortest cycle counts.
+An even spread lets what streams keep step with the bytes, not with the computing: where blocks differ in
+how long they compute per byte, the load engine waits for free bytes here and is late there. So some choices
+are played through (`timeline`), the even spread first, and the shortest cycle counts.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from math import log2
 from .planner import choose_kept, keep_pace
 from .timeline import LATENCY, Work, place, simulate
 
-_WORTH = (
-    0.005  # of a step: what a choice has to gain over the even spread, which times a little off spoil least
-)
-_BETTER = 0.0005  # of a step: the same between two others
+_WORTH = 0.005  # of a step: what a choice must gain over the even spread, the least sensitive to wrong times
+_BETTER = 0.0005  # of a step: what one must gain over another
 _FEW = 10  # units, of which every choice is tried
 _TRIALS = 1024  # choices played through at most ...
 _USES = 20_000  # ... and uses in them, which bounds the time for long cycles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from . import arena
 from .policy import OffloadPolicy
@@ -111,14 +112,7 @@ def choose_residents(sizes: Sequence[int], ratio: float) -> set[int]:
         sizes: bytes of each unit, in order of use.
         ratio: share of the bytes that streams, 0.0 to 1.0.
     """
-    stay, streamed, passed = set(), 0, 0
-    for unit, size in enumerate(sizes):
-        passed += size
-        if streamed + size <= ratio * passed * (1 + 1e-12):
-            streamed += size
-        else:
-            stay.add(unit)
-    return stay
+    return set(range(len(sizes))) - keep_pace(sizes, [ratio * passed for passed in accumulate(sizes)])
 
 
 def choose_kept(sizes: Sequence[int], room: int) -> set[int]:
@@ -131,7 +125,23 @@ def choose_kept(sizes: Sequence[int], room: int) -> set[int]:
     total = sum(sizes)
     if total <= room:
         return set(range(len(sizes)))
-    return set(range(len(sizes))) - choose_residents(sizes, max(0, room) / total) if total else set()
+    share = max(0, room) / total if total else 0.0
+    return keep_pace(sizes, [share * passed for passed in accumulate(sizes)])
+
+
+def keep_pace(sizes: Sequence[int], targets: Sequence[float]) -> set[int]:
+    """Units whose bytes, summed up over the order, follow `targets` as closely as they can from below.
+
+    Args:
+        sizes: bytes of each unit, in order of use.
+        targets: for each unit, how many bytes at most are to be taken up to it and with it.
+    """
+    taken, units = 0, set()
+    for unit, (size, target) in enumerate(zip(sizes, targets, strict=True)):
+        if taken + size <= target * (1 + 1e-12):
+            taken += size
+            units.add(unit)
+    return units
 
 
 def check_budget(plan: Plan, limit: int) -> None:

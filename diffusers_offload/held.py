@@ -140,6 +140,11 @@ class Held:
                 ]
         self.component.checked = True
 
+    def lose(self, other: Component) -> None:
+        """Another component is offloaded no longer: what it held for this one is this one's from now on."""
+        if other in self.component.needs:
+            self._tensors, self.component.checked = set(), False
+
     def _take_in(self) -> None:
         self.target = self.target.renewed()
         before, others = self.component, list(self.engine.components)

@@ -1,68 +1,103 @@
-"""Gives `DiffusionPipeline` the methods of the mixin, and takes them away again.
+"""Gives Diffusers' classes the methods of the mixins, and takes them away again.
 
 Diffusers imports its pipelines only when one is used, which takes a second; so the methods are added
-when the class comes into being, and what they need is imported when one is called.
+when a class comes into being, and what they need is imported when one is called.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
+from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_MODULE = "diffusers.pipelines.pipeline_utils"
 _ADDED = ("enable_block_offload", "disable_block_offload", "block_offload")
-_WRAPPED = ("maybe_free_model_hooks", "device")  # Diffusers' own stay under `_diffusers_<name>`
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A class of Diffusers', and what it is given.
+
+    Attributes:
+        mixin: where the members come from: a module of this package, and a class.
+        wrapped: members that Diffusers has as well; its own stay under `_diffusers_<name>`.
+    """
+
+    class_name: str
+    mixin: tuple[str, str]
+    wrapped: tuple[str, ...]
+
+
+_PLACES = {
+    "diffusers.pipelines.pipeline_utils": _Place(
+        "DiffusionPipeline", ("pipeline", "BlockOffloadMixin"), ("maybe_free_model_hooks", "device")
+    ),
+    "diffusers.modular_pipelines.modular_pipeline": _Place(
+        "ModularPipeline", ("modular", "ModularOffloadMixin"), ("__call__", "register_components", "device")
+    ),
+    "diffusers.modular_pipelines.components_manager": _Place(
+        "ComponentsManager", ("modular", "ManagerOffloadMixin"), ("add", "remove", "enable_auto_cpu_offload")
+    ),
+}
 
 
 def install() -> None:
-    """Add the methods to `DiffusionPipeline`, now or as soon as it is imported. Twice is once."""
-    if _MODULE in sys.modules:
-        _add_methods(sys.modules[_MODULE].DiffusionPipeline)
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+    """Add the methods to Diffusers' classes, now or as soon as each is imported. Twice is once."""
+    for name in _PLACES:
+        if name in sys.modules:
+            _add_methods(name)
+    later = {name for name in _PLACES if name not in sys.modules}
+    if later and not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported(later))
 
 
 def uninstall() -> None:
     """Disable every live block offload and take the methods away; `install()` brings them back."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _WhenImported)]
-    if _MODULE not in sys.modules:
+    for name, place in _PLACES.items():
+        owner = getattr(sys.modules.get(name), place.class_name, None)
+        if owner is None or _ADDED[0] not in vars(owner):
+            continue
+        from .handle import live_handles
+
+        for handle in live_handles():
+            handle.disable()
+        for member in place.wrapped:
+            setattr(owner, member, vars(owner)[f"_diffusers_{member}"])
+            delattr(owner, f"_diffusers_{member}")
+        for member in _ADDED:
+            delattr(owner, member)
+
+
+def _add_methods(name: str) -> None:
+    place = _PLACES[name]
+    owner = getattr(sys.modules[name], place.class_name)
+    if _ADDED[0] in vars(owner):
         return
-    pipeline_class = sys.modules[_MODULE].DiffusionPipeline
-    if _ADDED[0] not in vars(pipeline_class):
-        return
-    from .handle import live_handles
-
-    for handle in live_handles():
-        handle.disable()
-    for name in _WRAPPED:
-        setattr(pipeline_class, name, vars(pipeline_class)[f"_diffusers_{name}"])
-        delattr(pipeline_class, f"_diffusers_{name}")
-    for name in _ADDED:
-        delattr(pipeline_class, name)
-
-
-def _add_methods(pipeline_class: type) -> None:
-    if _ADDED[0] in vars(pipeline_class):
-        return
-    from .pipeline import BlockOffloadMixin
-
-    for name in _WRAPPED:
-        setattr(pipeline_class, f"_diffusers_{name}", vars(pipeline_class)[name])
-    for name in (*_ADDED, *_WRAPPED):
-        setattr(pipeline_class, name, vars(BlockOffloadMixin)[name])
+    home, mixin_name = place.mixin
+    mixin = getattr(importlib.import_module(f".{home}", __package__), mixin_name)
+    for member in place.wrapped:
+        setattr(owner, f"_diffusers_{member}", vars(owner)[member])
+    for member in (*_ADDED, *place.wrapped):
+        setattr(owner, member, inspect.getattr_static(mixin, member))
 
 
 class _WhenImported(MetaPathFinder):
-    """Finds the module as usual and installs the methods once it has run."""
+    """Finds the modules as usual and installs the methods once each has run."""
+
+    def __init__(self, names: set[str]) -> None:
+        self._names = names
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _MODULE:
+        if name not in self._names:
             return None
-        sys.meta_path.remove(self)
+        self._names.discard(name)
+        if not self._names:
+            sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             spec.loader = _InstallingLoader(spec.loader)
@@ -78,7 +113,7 @@ class _InstallingLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _add_methods(module.DiffusionPipeline)
+        _add_methods(module.__name__)
 
     def __getattr__(self, name: str) -> Any:  # get_source and the like
         return getattr(self._loader, name)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,6 @@ from tqdm.auto import tqdm
 
 from . import slab
 from .budget import DeviceBudget
-from .component import Component
 from .engine import Engine
 from .held import STEM_CHUNK, Held, Target, build_component, find_held
 from .planner import ComponentPlan, Plan, UnitSize
@@ -32,12 +32,17 @@ class OffloadHandle:
     Attributes:
         plan: the `Plan`.
         device: where the components compute.
+        max_device_memory: the bound in bytes, or None.
+        following: what components get that its owner comes to have later (see `modular`); None if it has a
+            fixed set of them.
     """
 
     def __init__(
         self, targets: Sequence[Target], device: torch.device, max_device_memory: int | None = None
     ) -> None:
         self.device = device
+        self.max_device_memory = max_device_memory
+        self.following: Any = None
         self.plan = make_plan(targets, device)
         self._targets = {target.name: target for target in targets}
         streams = open_streams(device)
@@ -63,7 +68,7 @@ class OffloadHandle:
 
     @property
     def enabled(self) -> bool:
-        return bool(self._held)
+        return bool(self._held) or self.following is not None
 
     def report(self) -> Report:
         """What was moved so far, and what is held where; waits for the device if times were measured."""
@@ -108,11 +113,9 @@ class OffloadHandle:
 
     def disable(self) -> None:
         """Give every component its weights back, on the devices they came from, and free all memory."""
+        self.following = None
         for name in list(self._held):
-            held = self._held.pop(name)
-            held.owners.discard(self)
-            if not held.owners:
-                held.release()
+            self._let_go(name)
         self._engine.streams.synchronize()
         self._engine.streams.forget_workspaces()
         self._engine.streams.empty_cache()
@@ -132,10 +135,49 @@ class OffloadHandle:
         self._targets[target.name] = target
         self.plan = make_plan(list(self._targets.values()), self.device)
 
+    # --- components that come and go ------------------------------------------------------------------
+
+    def plan_with(self, targets: Sequence[Target], without: Collection[str] = ()) -> Plan:
+        """The plan if `targets` came and the components `without` went."""
+        staying = [target for name, target in self._targets.items() if name not in without]
+        return make_plan([*staying, *targets], self.device)
+
+    def take_in(self, targets: Sequence[Target]) -> None:
+        """Offload further components, under the same engine."""
+        self.plan = self.plan_with(targets)
+        self._targets.update({target.name: target for target in targets})
+        try:
+            self._take_in(targets)
+            self._engine.open_arena()
+        except BaseException:
+            self.give_back([target.name for target in targets])
+            raise
+
+    def give_back(self, names: Collection[str]) -> None:
+        """Offload some components no longer; those that another handle wants offloaded stay so."""
+        for name in names:
+            self._targets.pop(name, None)
+            held = self._held.get(name)
+            if held is not None:
+                self._let_go(name)
+                if not held.owners:
+                    held.engine.open_arena()
+                    for other in self._held.values():
+                        other.lose(held.component)
+        self.plan = self.plan_with([])
+
+    def _let_go(self, name: str) -> None:
+        held = self._held.pop(name)
+        held.owners.discard(self)
+        if not held.owners:
+            held.release()
+
     # --- taking components in -------------------------------------------------------------------------
 
     def _take_in(self, targets: Sequence[Target]) -> None:
-        moved = sum(c.stem_bytes + c.streamed_bytes + c.resident_bytes for c in self.plan.components)
+        coming = {target.name for target in targets}
+        plans = [plan for plan in self.plan.components if plan.name in coming]
+        moved = sum(plan.stem_bytes + plan.streamed_bytes + plan.resident_bytes for plan in plans)
         with tqdm(
             total=moved,
             unit="B",
@@ -144,7 +186,8 @@ class OffloadHandle:
             desc="Preparing block offload",
             disable=moved < _PROGRESS_FROM or None,
         ) as bar:
-            owners: dict[int, Component] = {}
+            others = self._engine.components
+            owners = {id(t): each for each in others for unit in each.units for t in unit.weights.tensors}
             for target in targets:
                 shared = find_held(target.module)
                 if shared is not None:

@@ -179,6 +179,11 @@ class Held:
             self._take_apart_anew()
         self.component.checked = True
 
+    def lose(self, other: Component) -> None:
+        """Another component is offloaded no longer: what it held for this one is this one's from now on."""
+        if other in self.component.needs:
+            self._tensors, self.component.checked = set(), False
+
     def _take_apart_anew(self) -> None:
         before, others = self.component, [c for c in self.engine.components if c is not self.component]
         self._detach_inside()

@@ -244,6 +244,11 @@ def _refuse_foreign_offload(name: str, module: nn.Module, ours: bool) -> None:
                 f"{where} is offloaded by accelerate (enable_model_cpu_offload, enable_sequential_cpu_offload "
                 "or cpu_offload): call pipe.remove_all_hooks() first"
             )
+        if any(type(hook).__name__ == "CustomOffloadHook" for hook in chained):  # importing it takes seconds
+            raise ValueError(
+                f"{where} is offloaded by a ComponentsManager (enable_auto_cpu_offload): "
+                "call its disable_auto_cpu_offload() first"
+            )
         if not ours and any(isinstance(hook, EngineHook) for hook in chained):
             raise ValueError(f"{where} is offloaded block by block already: disable that handle first")
         registry = getattr(part, "_diffusers_hook", None)

@@ -9,6 +9,8 @@ from helpers import build, run, weights_of
 
 import diffusers_offload
 from diffusers_offload.handle import live_handles
+from diffusers_offload.pipeline import plan_targets
+from diffusers_offload.policy import parse_request
 
 
 def modules_of(pipe):
@@ -203,6 +205,24 @@ def test_a_single_module_outside_a_pipeline(device):
     handle.disable()
     assert next(model.parameters()).device.type == device
     assert torch.equal(run(pipe, "wan"), expected)
+
+
+def test_components_come_and_go_under_one_handle(device):
+    pipe = build("flux", device=device)
+    expected = run(pipe, "flux")
+    pipe.to("cpu").enable_block_offload(device=device)
+    handle = pipe.block_offload
+    plan, weights = handle.plan, weights_of(pipe.transformer)
+    for _ in range(2):
+        handle.give_back(["transformer", "nobody"])
+        assert not any(hasattr(part, "_hf_hook") for part in pipe.transformer.modules())
+        assert all(torch.equal(pipe.transformer.state_dict()[key], value) for key, value in weights.items())
+        assert "transformer" not in {component.name for component in handle.plan.components}
+        request = parse_request("block", None, None, ("transformer",))
+        handle.take_in(plan_targets({"transformer": pipe.transformer}, request, handle.device))
+        assert handle.plan.device_bytes == plan.device_bytes
+        assert torch.equal(run(pipe, "flux"), expected)
+        assert torch.equal(run(pipe, "flux"), expected)
 
 
 def test_inference_mode_throughout(device):

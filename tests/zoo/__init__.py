@@ -1,0 +1,48 @@
+"""More real pipelines for the tests, chosen for how differently they are built: `build`, `call_kwargs`, `output`.
+
+Like the demo's, at their tiny size: every weight random, a different one for each, nothing downloaded. A name
+here says the family; what is odd about it stands at its builder.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffusers_offload.demo import pipelines as demo
+from diffusers_offload.demo.maker import Maker
+
+from .image import IMAGES
+from .kandinsky import KANDINSKY
+from .parts import Entry
+from .unets import UNETS
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+PIPELINES: dict[str, Entry] = {**UNETS, **KANDINSKY, **IMAGES}
+RESULTS = ("audios", "image_embeddings", "image_embeds", "prediction")  # in place of images or frames
+
+
+def build(
+    name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> DiffusionPipeline:
+    """Return the pipeline `name` of PIPELINES in eval mode, made on the CPU, its weights following from `seed`."""
+    pipe = PIPELINES[name].build(Maker("tiny", dtype, torch.device("cpu"), seed))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def call_kwargs(name: str) -> dict[str, Any]:
+    """Return arguments for a short run of pipeline `name`; the caller adds a generator."""
+    call = PIPELINES[name].call
+    return dict(call() if callable(call) else call)
+
+
+def output(result: Any) -> torch.Tensor:
+    """What the pipeline made, as one float32 tensor on the CPU: pictures, frames, sound or embeddings."""
+    for word in RESULTS:
+        if getattr(result, word, None) is not None:
+            return torch.as_tensor(getattr(result, word)).detach().to("cpu", torch.float32)
+    return demo.output(result)

@@ -9,6 +9,7 @@ GRANULARITIES = ("block",)
 
 
 def run(pipe, name: str, seed: int = 0) -> torch.Tensor:
+    torch.manual_seed(seed)  # some pipelines draw a sample of the autoencoder's without the generator
     return zoo.output(pipe(**zoo.call_kwargs(name), generator=torch.Generator("cpu").manual_seed(seed)))
 
 
@@ -24,7 +25,7 @@ def test_offloaded_equals_resident(name, granularity, device):
     pipe.enable_block_offload(device=device, offload_granularity=granularity)
     assert any(len(component.streamed) >= 2 for component in pipe.block_offload.plan.components)
     assert torch.equal(run(pipe, name), expected)
-    with no_weight_used_while_offloaded(pipe):
+    with no_weight_used_while_offloaded(pipe, but=zoo.PIPELINES[name].reads):
         assert torch.equal(run(pipe, name), expected)
 
     pipe.disable_block_offload()

@@ -13,15 +13,18 @@ import torch
 from diffusers_offload.demo import pipelines as demo
 from diffusers_offload.demo.maker import Maker
 
+from .audio import SOUND
+from .control import CONTROL
 from .image import IMAGES
 from .kandinsky import KANDINSKY
 from .parts import Entry
 from .unets import UNETS
+from .video import VIDEOS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-PIPELINES: dict[str, Entry] = {**UNETS, **KANDINSKY, **IMAGES}
+PIPELINES: dict[str, Entry] = {**UNETS, **KANDINSKY, **IMAGES, **CONTROL, **VIDEOS, **SOUND}
 RESULTS = ("audios", "image_embeddings", "image_embeds", "prediction")  # in place of images or frames
 
 

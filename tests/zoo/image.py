@@ -10,7 +10,7 @@ from diffusers_offload.demo.text import clip, gemma, layers, special_ids, t5
 from diffusers_offload.demo.tokenizers import llama_tokenizer, numbered, printable, qwen_tokenizer
 from diffusers_offload.demo.vaes import kl_vae
 
-from .parts import IMAGE, STEPS, Entry, flow_vae, vae_8x
+from .parts import IMAGE, NO_CHECKER, STEPS, Entry, flow_vae, vae_8x
 
 HEADS = {"num_attention_heads": 3, "attention_head_dim": 16}
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -57,9 +57,7 @@ def hunyuan_dit(make: Maker) -> Any:
         transformer=transformer,
         vae=vae_8x(make, 4, scaling_factor=0.13025),
         scheduler=DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **NO_CHECKER,
     )
 
 

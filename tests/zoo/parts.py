@@ -18,14 +18,19 @@ SIZE = {"height": 48, "width": 64}
 STEPS = {"num_inference_steps": 2, "output_type": "pt"}
 IMAGE = {**PROMPT, **SIZE, **STEPS}
 VIDEO = {**PROMPT, "height": 32, "width": 48, "num_frames": 9, **STEPS}
+NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """How to build one pipeline, and its arguments, or a function that makes them."""
+    """How to build one pipeline, and its arguments, or a function that makes them.
+
+    `reads`: weights that the pipeline itself looks at, outside any model; what it makes of them, it moves.
+    """
 
     build: Callable[[Maker], diffusers.DiffusionPipeline]
     call: dict[str, Any] | Callable[[], dict[str, Any]]
+    reads: tuple[str, ...] = ()
 
 
 def flow_vae(make: Maker, latent_channels: int, **config: Any) -> diffusers.AutoencoderKL:

@@ -11,29 +11,27 @@ from diffusers_offload.demo.maker import Maker
 from diffusers_offload.demo.text import clip
 from diffusers_offload.demo.vaes import kl_vae
 
-from .parts import IMAGE, PROMPT, STEPS, VIDEO, Entry, image_processor, mask, picture, vision
+from .parts import IMAGE, NO_CHECKER, PROMPT, STEPS, VIDEO, Entry, image_processor, mask, picture, vision
 
 CHANNELS = {"block_out_channels": (16, 32, 48), "norm_num_groups": 8, "layers_per_block": 3}
 
 
-def sd_parts(make: Maker, in_channels: int = 4) -> dict[str, Any]:
+def sd_parts(make: Maker, **config: Any) -> dict[str, Any]:
     """The components of Stable Diffusion 1 and 2, by name."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     tokenizer, text_encoder = clip(make, "text_encoder")
+    shape = {
+        **CHANNELS,
+        **stages("{}2D", "{}2D"),
+        "attention_head_dim": 8,
+        "cross_attention_dim": text_encoder.config.hidden_size,
+        "sample_size": 16,
+    }
     return {
         "tokenizer": tokenizer,
         "text_encoder": text_encoder,
-        "unet": make(
-            "unet",
-            UNet2DConditionModel,
-            **CHANNELS,
-            **stages("{}2D", "{}2D"),
-            in_channels=in_channels,
-            attention_head_dim=8,
-            cross_attention_dim=text_encoder.config.hidden_size,
-            sample_size=16,
-        ),
+        "unet": make("unet", UNet2DConditionModel, **{**shape, **config}),
         "vae": kl_vae(make, 4),
         "scheduler": DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
     }
@@ -52,9 +50,6 @@ def sd(make: Maker) -> Any:
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline(**sd_parts(make), **NO_CHECKER)
-
-
-NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 def sd_inpaint(make: Maker) -> Any:

@@ -48,4 +48,6 @@ def output(result: Any) -> torch.Tensor:
     for word in RESULTS:
         if getattr(result, word, None) is not None:
             return torch.as_tensor(getattr(result, word)).detach().to("cpu", torch.float32)
-    return demo.output(result)
+    media = demo.output(result)
+    sound = getattr(result, "audio", None)
+    return media if sound is None else torch.cat([media.flatten(), sound.detach().cpu().float().flatten()])

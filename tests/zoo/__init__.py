@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PIPELINES: dict[str, Entry] = {**UNETS, **KANDINSKY, **IMAGES, **CONTROL, **VIDEOS, **SOUND}
-RESULTS = ("audios", "image_embeddings", "image_embeds", "prediction")  # in place of images or frames
+RESULTS = ("audios", "audio", "image_embeddings", "image_embeds", "negative_image_embeds")  # beside media
 
 
 def build(
@@ -44,10 +44,8 @@ def call_kwargs(name: str) -> dict[str, Any]:
 
 
 def output(result: Any) -> torch.Tensor:
-    """What the pipeline made, as one float32 tensor on the CPU: pictures, frames, sound or embeddings."""
-    for word in RESULTS:
-        if getattr(result, word, None) is not None:
-            return torch.as_tensor(getattr(result, word)).detach().to("cpu", torch.float32)
-    media = demo.output(result)
-    sound = getattr(result, "audio", None)
-    return media if sound is None else torch.cat([media.flatten(), sound.detach().cpu().float().flatten()])
+    """All that the pipeline made, as one float32 tensor on the CPU: pictures, frames, sound, embeddings."""
+    made = [torch.as_tensor(result[word]) for word in RESULTS if result.get(word) is not None]
+    if "images" in result or "frames" in result:
+        made.append(demo.output(result))
+    return torch.cat([part.detach().to("cpu", torch.float32).flatten() for part in made])

@@ -55,7 +55,7 @@ def controlnet_union(make: Maker) -> Any:
 
 
 def controlnet_xs(make: Maker) -> Any:
-    """One model made of the modules of two, run in turns."""
+    """A model made of the weights of two, whose layers run in turns; one of the two stays, unused."""
     from diffusers import ControlNetXSAdapter, StableDiffusionControlNetXSPipeline
 
     parts = sd_parts(make, layers_per_block=2)
@@ -90,7 +90,7 @@ def sd_two_controlnets(make: Maker) -> Any:
 
 
 def flux_two_controlnets(make: Maker) -> Any:
-    """Two controlnets of Flux, one of which takes a mode."""
+    """Two controlnets of Flux, each with two lists of blocks and two of outputs."""
     from diffusers import FluxControlNetModel, FluxControlNetPipeline
 
     parts, shape = flux_parts(make, FLUX_DENOISER["tiny"])
@@ -102,7 +102,8 @@ def sd3_controlnet(make: Maker) -> Any:
     """Blocks of one stream only, each with an output of its own."""
     from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
 
-    parts = sd3(make, SD3_DENOISER["tiny"]).components
+    # Each of three controlnet blocks serves two of the transformer's, whose last takes none.
+    parts = sd3(make, {**SD3_DENOISER["tiny"], "num_layers": 6}).components
     config = parts["transformer"].config
     names = ("num_attention_heads", "attention_head_dim", "joint_attention_dim", "caption_projection_dim")
     names += ("pooled_projection_dim", "in_channels", "out_channels", "sample_size", "pos_embed_max_size")

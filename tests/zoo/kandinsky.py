@@ -7,7 +7,7 @@ from typing import Any
 from diffusers_offload.demo.maker import Maker
 from diffusers_offload.demo.text import clip, t5
 
-from .parts import IMAGE, PROMPT, STEPS, Entry, image_processor, vision
+from .parts import PROMPT, SIZE, STEPS, Entry, image_processor, vision
 
 
 def prior_parts(make: Maker) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def decoder_parts(make: Maker) -> dict[str, Any]:
 
 
 def prior(make: Maker) -> Any:
-    """The last word has a method of the prior that is not its forward."""
+    """After the last step a method of the model runs that is not its forward."""
     from diffusers import KandinskyV22PriorPipeline
 
     return KandinskyV22PriorPipeline(**prior_parts(make))
@@ -121,8 +121,12 @@ def kandinsky3(make: Maker) -> Any:
     )
 
 
+# Without a negative prompt the picture tower runs, on nothing.
+BARE = {"prompt": PROMPT["prompt"], **STEPS}
+SQUARE = {**SIZE, "height": 64}
+
 KANDINSKY = {
-    "kandinsky-prior": Entry(prior, {**PROMPT, **STEPS}),
-    "kandinsky-combined": Entry(combined, {**IMAGE, "height": 64, "prior_num_inference_steps": 2}),
-    "kandinsky3": Entry(kandinsky3, {**IMAGE, "height": 64}),
+    "kandinsky-prior": Entry(prior, BARE),
+    "kandinsky-combined": Entry(combined, {**BARE, **SQUARE, "prior_num_inference_steps": 2}),
+    "kandinsky3": Entry(kandinsky3, {**PROMPT, **STEPS, **SQUARE}),
 }

@@ -287,6 +287,8 @@ UNETS = {
     "animatediff": Entry(animatediff, {**VIDEO, "num_frames": 4}),
     "text-to-video": Entry(text_to_video, {**VIDEO, "num_frames": 4}),
     "ddpm": Entry(ddpm, {"num_inference_steps": 2, "output_type": "np"}),
-    "cascade-prior": Entry(cascade_prior, {**PROMPT, "height": 64, "width": 64, **STEPS}),
+    "cascade-prior": Entry(
+        cascade_prior, lambda: {**PROMPT, "images": [picture()], "height": 64, "width": 64, **STEPS}
+    ),
     "cascade-decoder": Entry(cascade_decoder, cascade_embeddings),
 }

@@ -176,6 +176,7 @@ def test_deleting_the_pipeline_frees_everything():
 def test_device_memory_returns_to_the_baseline():
     def allocated():
         gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()
         return torch.cuda.memory_allocated()
 
     before = allocated()
@@ -191,7 +192,6 @@ def test_device_memory_returns_to_the_baseline():
     pipe.enable_block_offload(device="cuda")
     run(pipe, "flux")
     del pipe
-    torch._C._cuda_clearCublasWorkspaces()
     assert allocated() == before
 
 

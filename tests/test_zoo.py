@@ -5,7 +5,7 @@ import torch
 import zoo
 from helpers import no_weight_used_while_offloaded
 
-GRANULARITIES = ("block",)
+GRANULARITIES = ("block", "phase", "leaf")
 
 
 def run(pipe, name: str, seed: int = 0) -> torch.Tensor:

@@ -14,7 +14,7 @@ from diffusers_offload.demo.image import (
     sd3,
     sdxl_parts,
 )
-from diffusers_offload.demo.maker import Maker
+from diffusers_offload.demo.maker import Maker, randomise
 from diffusers_offload.demo.text import layers, special_ids
 from diffusers_offload.demo.tokenizers import qwen_tokenizer
 
@@ -73,7 +73,9 @@ def controlnet_xs(make: Maker) -> Any:
         upcast_attention=False,
         use_linear_projection=False,
     )
-    return StableDiffusionControlNetXSPipeline(**parts, controlnet=adapter, **NO_CHECKER)
+    pipe = StableDiffusionControlNetXSPipeline(**parts, controlnet=adapter, **NO_CHECKER)
+    randomise(adapter, make.seed + 1)  # its weights were copied, and no two may be equal
+    return pipe
 
 
 def sd_two_controlnets(make: Maker) -> Any:

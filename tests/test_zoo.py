@@ -8,25 +8,31 @@ from helpers import no_weight_used_while_offloaded
 GRANULARITIES = ("block", "phase", "leaf")
 
 
-def run(pipe, name: str, seed: int = 0) -> torch.Tensor:
+def run(pipe, name: str, device: str, seed: int = 0) -> torch.Tensor:
     torch.manual_seed(seed)  # some pipelines draw a sample of the autoencoder's without the generator
-    return zoo.output(pipe(**zoo.call_kwargs(name), generator=torch.Generator("cpu").manual_seed(seed)))
+    kwargs = zoo.call_kwargs(name, device)
+    return zoo.output(pipe(**kwargs, generator=torch.Generator("cpu").manual_seed(seed)))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("name", zoo.PIPELINES)
-def test_offloaded_equals_resident(name, granularity, device):
+def test_offloaded_equals_resident(name, granularity, device, request):
+    recipe = zoo.PIPELINES[name]
     pipe = zoo.build(name, device=device)
-    expected = run(pipe, name)
+    expected = run(pipe, name, device)
     assert expected.isfinite().all()
-    assert not torch.equal(expected, run(pipe, name, seed=1)), "an output that never changes proves nothing"
+    assert not torch.equal(expected, run(pipe, name, device, seed=1)), (
+        "an output that never changes proves nothing"
+    )
+    if recipe.defect and device != "cpu":
+        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=recipe.defect))
     pipe.to("cpu")
 
     pipe.enable_block_offload(device=device, offload_granularity=granularity)
     assert any(len(component.streamed) >= 2 for component in pipe.block_offload.plan.components)
-    assert torch.equal(run(pipe, name), expected)
-    with no_weight_used_while_offloaded(pipe, but=zoo.PIPELINES[name].reads):
-        assert torch.equal(run(pipe, name), expected)
+    assert torch.equal(run(pipe, name, device), expected)
+    with no_weight_used_while_offloaded(pipe, but=recipe.reads):
+        assert torch.equal(run(pipe, name, device), expected)
 
     pipe.disable_block_offload()
-    assert torch.equal(run(pipe.to(device), name), expected)
+    assert torch.equal(run(pipe.to(device), name, device), expected)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from diffusers_offload.demo import pipelines as demo
 from diffusers_offload.demo.maker import Maker
 
 from .audio import SOUND
+from .bypass import BYPASS
 from .control import CONTROL
 from .image import IMAGES
 from .kandinsky import KANDINSKY
@@ -24,7 +26,7 @@ from .video import VIDEOS
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-PIPELINES: dict[str, Entry] = {**UNETS, **KANDINSKY, **IMAGES, **CONTROL, **VIDEOS, **SOUND}
+PIPELINES: dict[str, Entry] = {**UNETS, **KANDINSKY, **IMAGES, **CONTROL, **VIDEOS, **SOUND, **BYPASS}
 RESULTS = ("audios", "audio", "image_embeddings", "image_embeds", "negative_image_embeds")  # beside media
 
 
@@ -37,10 +39,10 @@ def build(
     return pipe.to(device)
 
 
-def call_kwargs(name: str) -> dict[str, Any]:
-    """Return arguments for a short run of pipeline `name`; the caller adds a generator."""
+def call_kwargs(name: str, device: str = "cpu") -> dict[str, Any]:
+    """Return arguments for a short run of pipeline `name` on `device`; the caller adds a generator."""
     call = PIPELINES[name].call
-    return dict(call() if callable(call) else call)
+    return send_to_device(dict(call() if callable(call) else call), device)
 
 
 def output(result: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ from diffusers_offload.demo.image import (
     sd3,
     sdxl_parts,
 )
-from diffusers_offload.demo.maker import Maker
+from diffusers_offload.demo.maker import Maker, randomise
 from diffusers_offload.demo.text import layers, special_ids
 from diffusers_offload.demo.tokenizers import qwen_tokenizer
 
@@ -73,7 +73,9 @@ def controlnet_xs(make: Maker) -> Any:
         upcast_attention=False,
         use_linear_projection=False,
     )
-    return StableDiffusionControlNetXSPipeline(**parts, controlnet=adapter, **NO_CHECKER)
+    pipe = StableDiffusionControlNetXSPipeline(**parts, controlnet=adapter, **NO_CHECKER)
+    randomise(adapter, make.seed + 1)  # its weights were copied, and no two may be equal
+    return pipe
 
 
 def sd_two_controlnets(make: Maker) -> Any:
@@ -137,7 +139,6 @@ def flux_fill(make: Maker) -> Any:
 def flux2_klein(make: Maker) -> Any:
     """The pipeline reads running statistics of the autoencoder before it decodes; one modulation for all blocks."""
     from diffusers import (
-        AutoencoderKLFlux2,
         FlowMatchEulerDiscreteScheduler,
         Flux2KleinPipeline,
         Flux2Transformer2DModel,
@@ -149,19 +150,6 @@ def flux2_klein(make: Maker) -> Any:
     shape = layers(make, "qwen", 4)
     head = shape["hidden_size"] // shape["num_attention_heads"]
     config = Qwen3Config(**shape, **special_ids(tokenizer), head_dim=head, tie_word_embeddings=True)
-    vae = make(
-        "vae",
-        AutoencoderKLFlux2,
-        block_out_channels=(16, 16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=8,
-    )
-    generator = torch.Generator().manual_seed(make.seed)
-    vae.bn.running_mean.normal_(generator=generator)
-    vae.bn.running_var.uniform_(0.5, 2, generator=generator)
     transformer = make(
         "transformer",
         Flux2Transformer2DModel,
@@ -178,9 +166,29 @@ def flux2_klein(make: Maker) -> Any:
         tokenizer=tokenizer,
         text_encoder=make("text_encoder", Qwen3ForCausalLM, config),
         transformer=transformer,
-        vae=vae,
+        vae=flux2_vae(make),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
+
+
+def flux2_vae(make: Maker) -> Any:
+    """An autoencoder with running statistics, which are not those that it starts with."""
+    from diffusers import AutoencoderKLFlux2
+
+    vae = make(
+        "vae",
+        AutoencoderKLFlux2,
+        block_out_channels=(16, 16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=8,
+    )
+    generator = torch.Generator().manual_seed(make.seed)
+    vae.bn.running_mean.normal_(generator=generator)
+    vae.bn.running_var.uniform_(0.5, 2, generator=generator)
+    return vae
 
 
 def control(**call: Any) -> Any:

@@ -25,12 +25,16 @@ NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safet
 class Entry:
     """How to build one pipeline, and its arguments, or a function that makes them.
 
-    `reads`: weights that the pipeline itself looks at, outside any model; what it makes of them, it moves.
+    Attributes:
+        reads: weights that the pipeline itself looks at, outside any model: at their values, which it moves,
+            or at where they lie.
+        defect: why it does not run offloaded to an accelerator, or "".
     """
 
     build: Callable[[Maker], diffusers.DiffusionPipeline]
     call: dict[str, Any] | Callable[[], dict[str, Any]]
     reads: tuple[str, ...] = ()
+    defect: str = ""
 
 
 def flow_vae(make: Maker, latent_channels: int, **config: Any) -> diffusers.AutoencoderKL:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .units import own_tensors
 from .weights import Weights
 
 
@@ -47,6 +48,7 @@ class Unit:
         self.name = name
         self.modules = tuple(modules)
         self.opener = opener
+        self.opened = frozenset(id(t) for t in own_tensors(opener)) if opener is not None else frozenset()
         self.weights = weights
         self.floats = floats
         self.state = State.OFFLOADED
@@ -56,6 +58,7 @@ class Unit:
         self.slot: torch.Tensor | None = None  # the bytes of the arena at its home
         self.used = False  # since it was loaded
         self.depth = 0  # forwards of its modules under way
+        self.clings = False  # in use until its component's forward ends: something else looks at its bytes
         self.stream: Any = None  # that the forward under way computes on
         self.keeps = False  # once loaded, stays until its component leaves
         self.borrows = False  # lies outside the arena, in a buffer of its own
@@ -104,7 +107,6 @@ class Component:
         self.strays: list[Stray] = []  # found in the latest forward
         self.ran: set[Unit] = set()  # units whose own forward has run, while that is watched
         self.late: Unit | None = None  # in use past its forward: released when the next one begins
-        self.clung: list[Unit] = []  # in use until the forward ends: something else looks at their bytes
 
     @property
     def units(self) -> list[Unit]:

@@ -289,6 +289,8 @@ class Engine:
         component = unit.component
         if component.late is not None and component.late is not unit:
             self._release_late(component)
+        if component.watch is not None and not opening:
+            component.ran.add(unit)
         if unit.state is State.IN_USE:
             unit.depth += not opening
             return
@@ -314,8 +316,6 @@ class Engine:
         unit.state = State.IN_USE
         unit.depth = not opening
         unit.stream = stream
-        if component.watch is not None and not opening:
-            component.ran.add(unit)
         if missed or unit.floats:
             self.prefetch(stream)
 
@@ -324,7 +324,7 @@ class Engine:
         if unit.state is not State.IN_USE:
             return
         unit.depth -= 1
-        if unit.depth <= 0:
+        if unit.depth <= 0 and not unit.clings:
             stream = unit.stream
             self._retire(unit, stream)
             self.prefetch(stream)
@@ -372,17 +372,15 @@ class Engine:
     def use_past(self, unit: Unit, tensor: torch.Tensor) -> None:
         """`tensor` is about to be used although no forward of its unit is under way."""
         component = unit.component
-        holders = [m for m in component.module.modules() if any(t is tensor for t in own_tensors(m))]
-        inner = [m for m in holders if m not in unit.modules]
-        component.strays.append(Stray(unit, tensor, within=runs_within(inner)))
+        parts = [part for module in unit.modules for part in module.modules() if part is not module]
+        holders = [part for part in parts if any(t is tensor for t in own_tensors(part))]
+        component.strays.append(Stray(unit, tensor, within=runs_within(holders)))
         self.acquire(unit, opening=True)
         component.late = unit
 
     def cling(self, unit: Unit) -> None:
         """Something that outlives the unit's forward looks at its bytes: they stay until the component's ends."""
-        if unit.state is State.IN_USE and unit not in unit.component.clung:
-            unit.depth += 1
-            unit.component.clung.append(unit)
+        unit.clings = unit.state is State.IN_USE
 
     def _release_late(self, component: Component) -> None:
         late, component.late = component.late, None
@@ -402,10 +400,9 @@ class Engine:
             component.known = completed and not component.strays
             component.checked = component.checked and component.known
         component.late = None
-        for unit in component.streamed if component.clung or watch is not None or not completed else ():
-            unit.depth = 0
+        for unit in component.streamed if watch is not None or not completed else ():
+            unit.depth, unit.clings = 0, False
             self.release(unit)
-        component.clung.clear()
 
     # --- loading and dropping units -------------------------------------------------------------------
 

@@ -123,7 +123,11 @@ def watch_units(
         unit = unit_of.get(id(tensor))
         if unit is None or unit.state is State.RESIDENT:
             return False
-        return unit.state is not State.IN_USE or (unit.depth <= 0 and unit.component.late is unit)
+        if unit.state is not State.IN_USE:
+            return True
+        # On the device, but its own forward is not under way: only what its block holds itself may be used.
+        opened = unit.opener is not None and id(tensor) not in unit.opened
+        return unit.depth <= 0 and (opened or unit.clings or unit.component.late is unit)
 
     return Watch(watched, lambda t: use(unit_of[id(t)], t), lambda t: cling(unit_of[id(t)]))
 

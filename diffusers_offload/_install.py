@@ -14,8 +14,13 @@ from types import ModuleType
 from typing import Any
 
 _MODULE = "diffusers.pipelines.pipeline_utils"
-_ADDED = ("enable_block_offload", "disable_block_offload", "block_offload")
-_WRAPPED = ("maybe_free_model_hooks", "device")  # Diffusers' own stay under `_diffusers_<name>`
+_ADDED = ("enable_block_offload", "disable_block_offload", "block_offload", "__copy__", "__reduce_ex__")
+_WRAPPED = (
+    "__setattr__",
+    "device",
+    "maybe_free_model_hooks",
+    "enable_group_offload",
+)  # Diffusers' own stay under `_diffusers_<name>`
 
 
 def install() -> None:
@@ -34,10 +39,12 @@ def uninstall() -> None:
     pipeline_class = sys.modules[_MODULE].DiffusionPipeline
     if _ADDED[0] not in vars(pipeline_class):
         return
+    from .calls import unguard_calls
     from .handle import live_handles
 
     for handle in live_handles():
         handle.disable()
+    unguard_calls()
     for name in _WRAPPED:
         setattr(pipeline_class, name, vars(pipeline_class)[f"_diffusers_{name}"])
         delattr(pipeline_class, f"_diffusers_{name}")

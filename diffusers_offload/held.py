@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import hooks
+from . import hooks, refusals
 from .component import Component, Unit
 from .engine import Engine
 from .log import logger
@@ -122,23 +123,53 @@ class Held:
             hooks.detach(module, hook)
 
     def check(self) -> None:
-        """Take the component apart anew if it holds other tensors than before: adapters, fused projections."""
-        if {id(tensor) for tensor in tensors_of(self.module)} != self._tensors:
+        """See what others did to the component since the last call; raise if it cannot go on.
+
+        If it holds other tensors than before (adapters, fused projections), or tensors of other shapes, it is
+        taken apart anew.
+        """
+        refusals.refuse_since(self.component.name, self.module)
+        same = {id(tensor) for tensor in tensors_of(self.module)} == self._tensors
+        if not same or not all(unit.weights.keeps_layout() for unit in self.component.units):
             logger.info("%s holds other weights than before: taking it apart anew", self.component.name)
-            weights = [unit.weights for unit in self.component.units]
-            origin = {
-                id(t): where for each in weights for t, where in zip(each.tensors, each.origin, strict=True)
-            }
-            for each in weights:  # by way of the host: where they came from may have no room for all of them
-                each.origin = [torch.device("cpu")] * len(each.tensors)
-            self.engine.release_component(self.component)
-            self._detach_inside()
-            self._take_in()
-            for each in (unit.weights for unit in self.component.units):
-                each.origin = [
-                    origin.get(id(t), where) for t, where in zip(each.tensors, each.origin, strict=True)
-                ]
+            self.renew()
         self.component.checked = True
+
+    def renew(self) -> None:
+        """Take the component apart anew, with the tensors that it holds now."""
+        weights = [unit.weights for unit in self.component.units]
+        origin = {
+            id(t): where for each in weights for t, where in zip(each.tensors, each.origin, strict=True)
+        }
+        for each in weights:  # by way of the host: where they came from may have no room for all of them
+            each.origin = [torch.device("cpu")] * len(each.tensors)
+        self.engine.release_component(self.component)
+        self._detach_inside()
+        self._take_in()
+        for each in (unit.weights for unit in self.component.units):
+            each.origin = [
+                origin.get(id(t), where) for t, where in zip(each.tensors, each.origin, strict=True)
+            ]
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """True weights in place within, for any kind of edit; afterwards what became of them is what runs."""
+        engine = self.engine
+        with engine.lock:
+            if self.module in engine.suspended:  # the outermost takes the edits over
+                yield
+                return
+            if engine.busy:
+                raise RuntimeError(f"{self.component.name} cannot be edited in the middle of a forward")
+            engine.suspended.add(self.module)
+            try:
+                with engine.edit(self.component):
+                    yield
+            finally:
+                engine.suspended.discard(self.module)
+                if self.component in engine.components:  # not given back meanwhile
+                    self.component.checked = False
+                    self.check()
 
     def _take_in(self) -> None:
         self.target = self.target.renewed()
@@ -156,6 +187,10 @@ class Held:
         for handle in self.owners:
             handle.remember(self)
 
+    def owns(self, hook: hooks.EngineHook) -> bool:
+        """Whether `hook` is one of those on this component."""
+        return any(each is hook for _, each in self._hooks)
+
     def release(self) -> None:
         """Take the component's own hook off, and with it everything else."""
         for module, hook in self._hooks[:1]:
@@ -164,19 +199,21 @@ class Held:
 
     def restore(self) -> None:
         """The component's own hook is gone: take the others off, give the weights back."""
-        self.engine.release_component(self.component)
-        self._detach_inside()
-        self._hooks = []
-        for handle in self.owners:
-            handle.forget(self)
-        self._former, self.owners = list(self.owners), set()
+        with self.engine.lock:
+            self.engine.release_component(self.component)
+            self._detach_inside()
+            self._hooks = []
+            for handle in self.owners:
+                handle.forget(self)
+            self._former, self.owners = list(self.owners), set()
 
     def take_back(self, hook: hooks.ComponentHook) -> None:
         """The component's own hook is back, as when accelerate chains another one to it."""
         self.owners, self._former = set(self._former), []
         if self.owners:
             self._hooks = [(self.module, hook)]
-            self._take_in()
+            with self.engine.lock:
+                self._take_in()
 
     def _add(self, module: nn.Module, hook: hooks.EngineHook) -> None:
         hooks.attach(module, hook)
@@ -198,7 +235,8 @@ class Held:
                     str(device),
                 )
             elif device is not None and self.engine.streams.asynchronous:
-                if component.stem_bytes <= _SMALL and not component.streamed:
+                small = component.stem_bytes <= _SMALL and not component.streamed
+                if small and self.module not in self.engine.suspended:
                     self.engine.touch(component)  # a pipeline that is about to use it past its forward
                 logger.warning(
                     "%s is offloaded block by block and comes to %s when it runs: .to(%r) changes nothing.",

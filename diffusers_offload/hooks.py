@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import send_to_device
 from torch import nn
 
+from . import guards
 from .component import Component, State, Unit
 from .engine import Engine
 
@@ -54,13 +55,18 @@ class EngineHook(ModelHook):
         guarded.unguarded = forward
         guarded.guard = self
         module._old_forward = guarded
+        guards.refuse_copies(module)
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         forward = module.__dict__.get("_old_forward")
         if getattr(forward, "guard", None) is self:
             module._old_forward = forward.unguarded
+        guards.allow_copies(module)
         return module
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        guards.refuse_copy(type(self).__name__)
 
     def failed(self, module: nn.Module) -> None:
         """The module's forward raised; `post_forward` will not be called."""
@@ -95,20 +101,22 @@ class ComponentHook(EngineHook):
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         module = super().init_hook(module)
+        guards.refuse_groups(module, self.component.name)
         if self._detached:  # accelerate takes a hook off and puts it on again to chain another to it
             self._detached = False
             self.held.take_back(self)
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-        if not self.component.checked and not self.engine.busy:
-            self.held.check()
-        # `encode` and `decode` of a VAE call this without arguments and never call `post_forward`.
-        args, kwargs = self.send(module, args, kwargs)
-        if args or kwargs:
-            self.engine.enter(self.component, _shapes(args, kwargs) if self.engine.budget else ())
-        else:
-            self.engine.touch(self.component)
+        with self.engine.lock:  # a second thread waits here until the first one's call, or forward, is over
+            if not self.component.checked and not self.engine.busy:
+                self.held.check()
+            # `encode` and `decode` of a VAE call this without arguments and never call `post_forward`.
+            args, kwargs = self.send(module, args, kwargs)
+            if args or kwargs:
+                self.engine.enter(self.component, _shapes(args, kwargs) if self.engine.budget else ())
+            else:
+                self.engine.touch(self.component)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -123,6 +131,7 @@ class ComponentHook(EngineHook):
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Give the component its weights back, where they came from."""
         module = super().detach_hook(module)
+        guards.allow_groups(module)
         self._detached = True
         self.held.restore()
         return module

@@ -105,6 +105,16 @@ class Weights:
         """Whether the unbound tensors still point at the host bytes: false after `tensor.data = ...`."""
         return self._host_addresses == [tensor.data_ptr() for tensor in self.tensors]
 
+    def keeps_layout(self) -> bool:
+        """Whether each tensor has the shape, strides and dtype with which it was taken in.
+
+        `tensor.data = tensor.data.t()` changes them and no address.
+        """
+        return not self._host_views or all(
+            tensor.dtype == view.dtype and tensor.shape == view.shape and tensor.stride() == view.stride()
+            for tensor, view in zip(self.tensors, self._host_views, strict=True)
+        )
+
     def was_replaced(self) -> bool:
         """Whether the bound tensors point elsewhere than they were bound to: after `tensor.data = ...`."""
         return any(

@@ -61,6 +61,8 @@ def unguard_calls() -> None:
 def _guard(call: Callable) -> Callable:
     @functools.wraps(call)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for held in self.block_offload.holds.values() if self.block_offload is not None else ():
+            held.refuse_lost_hook()
         with calling(engines_of(vars(self).values())):
             return call(self, *args, **kwargs)
 

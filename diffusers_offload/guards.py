@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
+_MOVES = ("cpu", "cuda", "npu", "xpu")
 REMEDY = "Call pipe.disable_block_offload() (or handle.disable()) first"
 
 
@@ -24,15 +26,19 @@ def allow_copies(module: nn.Module) -> None:
     module.__dict__.pop("__reduce_ex__", None)
 
 
-def refuse_groups(module: nn.Module, name: str) -> None:
-    """Let `module.enable_group_offload`, where there is such a method, raise."""
+def guard(module: nn.Module, name: str) -> None:
+    """Let `enable_group_offload` of a component raise, and `cuda()` and its like do what `to` does."""
     if hasattr(module, "enable_group_offload"):
         module.__dict__["enable_group_offload"] = functools.partial(refuse_group_offload, name)
+    for kind in _MOVES:
+        if hasattr(module, kind):
+            module.__dict__[kind] = functools.partial(_move, module, kind)
 
 
-def allow_groups(module: nn.Module) -> None:
-    """Undo `refuse_groups`."""
-    module.__dict__.pop("enable_group_offload", None)
+def unguard(module: nn.Module) -> None:
+    """Undo `guard`."""
+    for name in ("enable_group_offload", *_MOVES):
+        module.__dict__.pop(name, None)
 
 
 def refuse_copy(what: str, *_: Any) -> NoReturn:
@@ -47,4 +53,10 @@ def refuse_group_offload(name: str, *_: Any, **__: Any) -> NoReturn:
     """Raise ValueError: Diffusers' group offloading would move the same weights."""
     raise ValueError(
         f"{name} is offloaded block by block, and group offloading would move the same weights. {REMEDY}."
+    )
+
+
+def _move(module: nn.Module, kind: str, device: int | str | torch.device | None = None) -> nn.Module:
+    return module.to(
+        kind if device is None else torch.device(kind, device) if isinstance(device, int) else device
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import hooks, refusals
+from . import hooks, planner, refusals, slab
 from .component import Component, Unit
 from .engine import Engine
 from .log import logger
@@ -45,12 +45,23 @@ class Target:
     note: str = ""
 
     def renewed(self) -> Target:
-        """The same blocks with the tensors that they hold now."""
+        """The same blocks with the tensors that they hold now; blocks anew, if one of them has gone."""
         modules = [block.module for block in self.anatomy.blocks]
+        if not {id(each) for each in modules} <= {id(part) for part in self.module.modules()}:
+            anatomy = dissect(self.module)
+            return replace(self, anatomy=anatomy, residents=choose_residents(anatomy, self.policy))
         staying = {id(modules[i]) for i in self.residents}
         anatomy = dissect(self.module, modules)
         residents = frozenset(i for i, block in enumerate(anatomy.blocks) if id(block.module) in staying)
         return replace(self, anatomy=anatomy, residents=residents)
+
+
+def choose_residents(anatomy: Anatomy, policy: OffloadPolicy) -> frozenset[int]:
+    """Which blocks stay on the device under `policy`, by index."""
+    if policy.granularity != "block":
+        return frozenset()
+    sizes = [slab.lay_out(block.tensors).nbytes for block in anatomy.blocks]
+    return frozenset(planner.choose_residents(sizes, policy.ratio))
 
 
 def build_component(target: Target, owners: dict[int, Component]) -> Component:
@@ -128,7 +139,11 @@ class Held:
         If it holds other tensors than before (adapters, fused projections), or tensors of other shapes, it is
         taken apart anew.
         """
+        self.refuse_lost_hook()
         refusals.refuse_since(self.component.name, self.module)
+        for module, hook in self._hooks[1:]:
+            if hook not in hooks.on(module):  # a unit whose hook was replaced stays on the device
+                hook.detach_hook(module)
         same = {id(tensor) for tensor in tensors_of(self.module)} == self._tensors
         if not same or not all(unit.weights.keeps_layout() for unit in self.component.units):
             logger.info("%s holds other weights than before: taking it apart anew", self.component.name)
@@ -186,6 +201,16 @@ class Held:
         self._attach_inside()
         for handle in self.owners:
             handle.remember(self)
+
+    def refuse_lost_hook(self) -> None:
+        """Raise RuntimeError if accelerate put a hook in place of the component's own, not beside it."""
+        present = hooks.on(self.module)
+        if self._hooks and self._hooks[0][1] not in present:
+            raise RuntimeError(
+                f"{self.component.name} got {[type(hook).__name__ for hook in present]} in place of block "
+                "offload's hook, as by accelerate's dispatch_model or add_hook_to_module without append=True. Call "
+                "pipe.disable_block_offload() to leave the component to that"
+            )
 
     def owns(self, hook: hooks.EngineHook) -> bool:
         """Whether `hook` is one of those on this component."""

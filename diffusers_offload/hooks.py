@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
@@ -101,7 +101,7 @@ class ComponentHook(EngineHook):
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         module = super().init_hook(module)
-        guards.refuse_groups(module, self.component.name)
+        guards.guard(module, self.component.name)
         if self._detached:  # accelerate takes a hook off and puts it on again to chain another to it
             self._detached = False
             self.held.take_back(self)
@@ -131,7 +131,7 @@ class ComponentHook(EngineHook):
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Give the component its weights back, where they came from."""
         module = super().detach_hook(module)
-        guards.allow_groups(module)
+        guards.unguard(module)
         self._detached = True
         self.held.restore()
         return module
@@ -240,13 +240,20 @@ def attach(module: nn.Module, hook: EngineHook) -> None:
 
 def find(module: nn.Module, kind: type[_Hook]) -> _Hook | None:
     """The hook of class `kind` on `module`, alone or in a chain."""
+    return next((hook for hook in on(module) if isinstance(hook, kind)), None)
+
+
+def on(module: nn.Module) -> Sequence[Any]:
+    """The accelerate hooks on `module`, the first to run first."""
     present = getattr(module, "_hf_hook", None)
-    chained = present.hooks if isinstance(present, SequentialHook) else (present,)
-    return next((hook for hook in chained if isinstance(hook, kind)), None)
+    return present.hooks if isinstance(present, SequentialHook) else (present,) if present is not None else ()
 
 
 def detach(module: nn.Module, hook: EngineHook) -> None:
-    """Remove one hook and leave the others as they are; does nothing if it has gone already."""
+    """Remove one hook and leave the others as they are.
+
+    accelerate puts a hook in place of another without taking that one off; what it left behind goes here.
+    """
     present = getattr(module, "_hf_hook", None)
     if present is hook:
         _keep_later_wrappers(module)
@@ -258,3 +265,5 @@ def detach(module: nn.Module, hook: EngineHook) -> None:
             module._hf_hook = rest[0]
         else:
             present.hooks = rest
+    else:
+        hook.detach_hook(module)

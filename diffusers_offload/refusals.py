@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
+from accelerate.hooks import AlignDevicesHook, CpuOffload
 from torch import nn
 
 from . import hooks, slab
@@ -26,7 +26,7 @@ def unmovable(name: str, module: nn.Module) -> str | None:
 def by_accelerate(name: str, module: nn.Module) -> str | None:
     """Which part of component `name` accelerate moves, or None."""
     for path, part in module.named_modules():
-        if any(isinstance(hook, (AlignDevicesHook, CpuOffload)) for hook in _chained(part)):
+        if any(isinstance(hook, (AlignDevicesHook, CpuOffload)) for hook in hooks.on(part)):
             return (
                 f"{_join(name, path)} is offloaded by accelerate (enable_model_cpu_offload, "
                 "enable_sequential_cpu_offload, cpu_offload or dispatch_model)"
@@ -59,7 +59,7 @@ def refuse_before(name: str, module: nn.Module, leaving: Collection[Held] = ()) 
     if (other := by_groups(name, module)) is not None:
         raise ValueError(f"{other}, which has no way back: load {name} anew")
     for path, part in module.named_modules():
-        ours = [hook for hook in _chained(part) if isinstance(hook, hooks.EngineHook)]
+        ours = [hook for hook in hooks.on(part) if isinstance(hook, hooks.EngineHook)]
         if any(not any(held.owns(hook) for held in leaving) for hook in ours):
             raise ValueError(
                 f"{_join(name, path)} is offloaded block by block already: disable that handle first"
@@ -90,11 +90,6 @@ def refuse_device_map(pipe: Any) -> None:
             f"the pipeline is spread over devices (device_map={pipe.hf_device_map}): "
             "call pipe.reset_device_map() first"
         )
-
-
-def _chained(module: nn.Module) -> Sequence[Any]:
-    present = getattr(module, "_hf_hook", None)
-    return present.hooks if isinstance(present, SequentialHook) else (present,)
 
 
 def _join(name: str, path: str) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import planner, refusals, slab
+from . import planner, refusals
 from .handle import OffloadHandle, held_policy
-from .held import Held, Target, find_held
+from .held import Held, Target, choose_residents, find_held
 from .log import logger
 from .policy import OffloadPolicy, Request
 from .units import dissect
@@ -104,8 +104,7 @@ def _target(name: str, module: nn.Module, request: Request) -> Target:
     if not anatomy.blocks or (_is_autoencoder(module) and not by_name):
         note = "an autoencoder, run in tiles" if anatomy.blocks else "no blocks found"
         return Target(name, module, OffloadPolicy("model"), anatomy, note=note)
-    sizes = [slab.lay_out(block.tensors).nbytes for block in anatomy.blocks]
-    return Target(name, module, policy, anatomy, frozenset(planner.choose_residents(sizes, policy.ratio)))
+    return Target(name, module, policy, anatomy, choose_residents(anatomy, policy))
 
 
 def _shared_target(

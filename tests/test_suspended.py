@@ -43,6 +43,15 @@ def replaced_blocks(pipe):
     blocks[0], blocks[1] = blocks[1], blocks[0]
 
 
+def another_list_of_blocks(pipe):
+    other = build("flux").transformer
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    blocks = other.to(pipe.transformer.proj_out.weight.device).single_transformer_blocks
+    pipe.transformer.single_transformer_blocks = blocks[:2]
+
+
 def an_added_buffer(pipe):
     norm = pipe.transformer.norm_out
     norm.register_buffer("shift", torch.ones(1, device=norm.linear.weight.device))
@@ -57,6 +66,7 @@ EDITS = [
     another_dtype,
     replaced_modules,
     replaced_blocks,
+    another_list_of_blocks,
     an_added_buffer,
 ]
 

@@ -67,19 +67,6 @@ def test_parameters_keep_their_identity_and_their_values_while_offloaded():
     assert pipe.transformer.dtype == torch.float32
 
 
-def test_save_pretrained_while_offloaded(tmp_path, device):
-    from diffusers import DiffusionPipeline
-
-    pipe = build("flux", device=device)
-    expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
-    run(pipe, "flux")
-    pipe.save_pretrained(tmp_path)
-    loaded = DiffusionPipeline.from_pretrained(tmp_path).to(device)
-    loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(run(loaded, "flux"), expected)
-
-
 def test_execution_device_and_dtype_answer_correctly(device):
     pipe = build("flux", torch.bfloat16)
     pipe.enable_block_offload(device=device)

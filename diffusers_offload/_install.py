@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_ADDED = ("enable_block_offload", "disable_block_offload", "block_offload")
+_ADDED = ("enable_block_offload", "disable_block_offload", "block_offload", "_offloadable_modules")
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,21 @@ class _Place:
     Attributes:
         mixin: where the members come from: a module of this package, and a class.
         wrapped: members that Diffusers has as well; its own stay under `_diffusers_<name>`.
+        added: members that it is given besides those that every place gets.
     """
 
     class_name: str
     mixin: tuple[str, str]
     wrapped: tuple[str, ...]
+    added: tuple[str, ...] = ()
 
 
 _PLACES = {
     "diffusers.pipelines.pipeline_utils": _Place(
-        "DiffusionPipeline", ("pipeline", "BlockOffloadMixin"), ("maybe_free_model_hooks", "device")
+        "DiffusionPipeline",
+        ("pipeline", "BlockOffloadMixin"),
+        ("__setattr__", "device", "maybe_free_model_hooks", "enable_group_offload"),
+        ("__copy__", "__reduce_ex__"),
     ),
     "diffusers.modular_pipelines.modular_pipeline": _Place(
         "ModularPipeline", ("modular", "ModularOffloadMixin"), ("__call__", "register_components", "device")
@@ -62,14 +67,16 @@ def uninstall() -> None:
         owner = getattr(sys.modules.get(name), place.class_name, None)
         if owner is None or _ADDED[0] not in vars(owner):
             continue
+        from .calls import unguard_calls
         from .handle import live_handles
 
         for handle in live_handles():
             handle.disable()
+        unguard_calls()
         for member in place.wrapped:
             setattr(owner, member, vars(owner)[f"_diffusers_{member}"])
             delattr(owner, f"_diffusers_{member}")
-        for member in _ADDED:
+        for member in (*_ADDED, *place.added):
             delattr(owner, member)
 
 
@@ -82,7 +89,7 @@ def _add_methods(name: str) -> None:
     mixin = getattr(importlib.import_module(f".{home}", __package__), mixin_name)
     for member in place.wrapped:
         setattr(owner, f"_diffusers_{member}", vars(owner)[member])
-    for member in (*_ADDED, *place.wrapped):
+    for member in (*_ADDED, *place.added, *place.wrapped):
         setattr(owner, member, inspect.getattr_static(mixin, member))
 
 

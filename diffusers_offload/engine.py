@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from threading import RLock
 from typing import Any
 
 import torch
@@ -51,6 +52,9 @@ class Engine:
         self._stack: list[Component] = []  # forwards under way, outermost first
         self._outside: Any = None  # what was current before the outermost forward
         self._turns = Turns()
+        self._using: list[Unit] = []  # whose forwards are under way, innermost last
+        self.lock = RLock()  # held by one thread for a forward, a unit's use or a call of the pipeline
+        self.suspended: set[torch.nn.Module] = set()  # components that are being edited, and must not run
 
     # --- taking components in, and giving them back ---------------------------------------------------
 
@@ -164,21 +168,38 @@ class Engine:
     @contextmanager
     def edit(self, component: Component) -> Iterator[None]:
         """True weights on the host within; whatever was changed is taken over afterwards."""
-        self._withdraw(component)
-        try:
-            yield
-        finally:  # whatever the editor managed to change before it failed is what counts
-            for unit in [*component.stem, *component.streamed]:
-                if not unit.weights.is_intact():
-                    self._transfers.take_over(unit)
-            for unit in component.residents:
-                unit.weights = renewed(unit.weights)
-                self._transfers.settle(unit)
-            self._fit_arena()
-            if component.depth:
-                self._stems.bring(component)
+        with self.lock:
+            self._withdraw(component)
+            try:
+                yield
+            finally:  # whatever the editor managed to change before it failed is what counts
+                if component in self.components:  # not given back meanwhile
+                    self._take_edits(component)
+
+    def _take_edits(self, component: Component) -> None:
+        for unit in [*component.stem, *component.streamed]:
+            if not unit.weights.is_intact():
+                self._transfers.take_over(unit)
+        for unit in component.residents:
+            unit.weights = renewed(unit.weights)
+            self._transfers.settle(unit)
+        self._fit_arena()
+        if component.depth:
+            self._stems.bring(component)
 
     # --- the component's forward --------------------------------------------------------------------
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """A call of the pipeline: other threads wait, and what came for it leaves, however it ends."""
+        with self.lock:
+            under_way = len(self._stack)
+            try:
+                yield
+            finally:
+                while len(self._stack) > under_way:  # left by a hook that failed before the forward
+                    self.leave(self._stack[-1], completed=False)
+                self.call_ended()
 
     def enter(self, component: Component, shapes: tuple = ()) -> None:
         """A forward of `component` begins: order it behind the caller and bring its stem.
@@ -186,11 +207,15 @@ class Engine:
         Args:
             shapes: of what the forward is given; with a budget, its memory is expected to follow from them.
         """
+        self._refuse_suspended(component)
+        self.lock.acquire()
         outermost = not self._stack
-        if outermost:
+        if outermost:  # which keeps the lock until it leaves
             caller = self.streams.current()
             self.streams.compute.wait_stream(caller)
-            self._outside = (caller, self.streams.switch(self.streams.compute))
+            self._outside = (caller, self.streams.switch(self.streams.compute), len(self._using))
+        else:
+            self.lock.release()
         self._stack.append(component)
         component.depth += 1
         try:
@@ -236,10 +261,13 @@ class Engine:
                 self.keep(component, self.budget.end(component, weights))
         finally:
             if not self._stack:
-                caller, before = self._outside
+                caller, before, using = self._outside
                 caller.wait_stream(self.streams.compute)
                 self.streams.restore(before)
                 self._outside = None
+                while len(self._using) > using:  # left by a hook that failed before the forward
+                    self.release(self._using[-1])
+                self.lock.release()
 
     @property
     def busy(self) -> bool:
@@ -248,8 +276,10 @@ class Engine:
 
     def touch(self, component: Component) -> None:
         """`component` is used without its forward (`vae.decode`): bring its stem to the caller's stream."""
-        if not component.depth:
-            self._bring(component)
+        self._refuse_suspended(component)
+        with self.lock:
+            if not component.depth:
+                self._bring(component)
 
     def keep(self, component: Component, kept: set[Unit]) -> None:
         """Of the units that stream, let these stay until the component leaves, and no others."""
@@ -265,16 +295,17 @@ class Engine:
 
     def call_ended(self) -> None:
         """The pipeline's call is over: what came for it leaves."""
-        self._leave([c for c in self.components if c.present and not c.depth])
-        # What was loaded ahead is dropped, too: before the next call, the user may edit weights in ways
-        # that leave no trace (`weight.data.add_()`).
-        for unit in self.units:
-            if unit.state in WAITING:
-                self._drop(unit)
-        self._turns.call_ended()
-        for component in self.components:
-            component.checked = False
-            component.runs = 0
+        with self.lock:
+            self._leave([c for c in self.components if c.present and not c.depth])
+            # What was loaded ahead is dropped, too: before the next call, the user may edit weights in ways
+            # that leave no trace (`weight.data.add_()`).
+            for unit in self.units:
+                if unit.state in WAITING:
+                    self._drop(unit)
+            self._turns.call_ended()
+            for component in self.components:
+                component.checked = False
+                component.runs = 0
 
     # --- the unit's forward ---------------------------------------------------------------------------
 
@@ -286,6 +317,15 @@ class Engine:
         """
         if unit.state is State.RESIDENT:
             return
+        self.lock.acquire()  # until it is released: another thread may call this very unit
+        self._using.append(unit)
+        try:
+            self._acquire(unit, opening)
+        except BaseException:
+            self.release(unit)
+            raise
+
+    def _acquire(self, unit: Unit, opening: bool) -> None:
         component = unit.component
         if component.late is not None and component.late is not unit:
             self._release_late(component)
@@ -300,6 +340,7 @@ class Engine:
         if component.depth:
             component.trace.append(unit.number)
         else:
+            self._refuse_suspended(unit.component)
             self._notice_edits([unit])
         self.counters.uses += 1
         missed = unit.state is State.OFFLOADED
@@ -321,13 +362,27 @@ class Engine:
 
     def release(self, unit: Unit) -> None:
         """The forward of `unit` is queued: its bytes are free behind it, and the next loads can go."""
-        if unit.state is not State.IN_USE:
+        if unit not in self._using:
             return
-        unit.depth -= 1
-        if unit.depth <= 0 and not unit.clings:
+        self._using.remove(unit)
+        try:
+            unit.depth -= 1
+            self._finish(unit)
+        finally:
+            self.lock.release()
+
+    def _finish(self, unit: Unit) -> None:
+        """If nobody uses the unit any longer, its bytes are free."""
+        if unit.state is State.IN_USE and unit.depth <= 0 and not unit.clings:
             stream = unit.stream
             self._retire(unit, stream)
             self.prefetch(stream)
+
+    def _refuse_suspended(self, component: Component) -> None:
+        if component.module in self.suspended:
+            raise RuntimeError(
+                f"{component.name} is being edited: leave `with pipe.block_offload.suspended()` before running it"
+            )
 
     def prefetch(self, current: Any = None) -> None:
         """Queue the loads of the units predicted next, as far as their bytes are free.
@@ -375,7 +430,7 @@ class Engine:
         parts = [part for module in unit.modules for part in module.modules() if part is not module]
         holders = [part for part in parts if any(t is tensor for t in own_tensors(part))]
         component.strays.append(Stray(unit, tensor, within=runs_within(holders)))
-        self.acquire(unit, opening=True)
+        self._acquire(unit, opening=True)
         component.late = unit
 
     def cling(self, unit: Unit) -> None:
@@ -384,8 +439,7 @@ class Engine:
 
     def _release_late(self, component: Component) -> None:
         late, component.late = component.late, None
-        if late.depth <= 0:
-            self.release(late)
+        self._finish(late)
 
     def _begin_watch(self, component: Component) -> None:
         if not component.known and component.streamed:
@@ -402,7 +456,7 @@ class Engine:
         component.late = None
         for unit in component.streamed if watch is not None or not completed else ():
             unit.depth, unit.clings = 0, False
-            self.release(unit)
+            self._finish(unit)
 
     # --- loading and dropping units -------------------------------------------------------------------
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import slab
+from . import guards, slab
 from .budget import DeviceBudget
+from .calls import calling, engines_of, exclusively
+from .component import Unit
 from .engine import Engine
-from .held import STEM_CHUNK, Held, Target, build_component, find_held
+from .held import Held, find_held
 from .planner import ComponentPlan, Plan, UnitSize
+from .policy import Request
 from .report import GIB, Report
 from .streams import open_streams
+from .target import STEM_CHUNK, Target, build_component
 from .units import chunks
 
 _PROGRESS_FROM = GIB  # bytes from which on moving takes long enough to show a progress bar
@@ -32,27 +37,31 @@ class OffloadHandle:
     Attributes:
         plan: the `Plan`.
         device: where the components compute.
+        request: what the call asked for; components that come later follow it, too.
         max_device_memory: the bound in bytes, or None.
         following: what components get that its owner comes to have later (see `modular`); None if it has a
             fixed set of them.
     """
 
     def __init__(
-        self, targets: Sequence[Target], device: torch.device, max_device_memory: int | None = None
+        self,
+        targets: Sequence[Target],
+        device: torch.device,
+        request: Request,
+        max_device_memory: int | None = None,
     ) -> None:
         self.device = device
+        self.request = request
         self.max_device_memory = max_device_memory
         self.following: Any = None
         self.plan = make_plan(targets, device)
-        self._targets = {target.name: target for target in targets}
         streams = open_streams(device)
         self._engine = Engine(
             streams, DeviceBudget(max_device_memory, streams) if max_device_memory else None
         )
         self._held: dict[str, Held] = {}
         try:
-            self._take_in(targets)
-            self._engine.open_arena()
+            self.take_in(targets)
         except BaseException:
             self.disable()
             raise
@@ -65,6 +74,16 @@ class OffloadHandle:
     def components(self) -> dict[str, nn.Module]:
         """The modules that this handle offloads, by name."""
         return {name: held.module for name, held in self._held.items()}
+
+    @property
+    def holds(self) -> dict[str, Held]:
+        """What it holds, by name."""
+        return dict(self._held)
+
+    @property
+    def engines(self) -> list[Engine]:
+        """Those that move the components: its own, and those of handles that had a component first."""
+        return engines_of(self.components.values())
 
     @property
     def enabled(self) -> bool:
@@ -106,16 +125,40 @@ class OffloadHandle:
         finally:
             self._engine.counters.timing = False
 
+    @contextmanager
+    def suspended(self) -> Iterator[OffloadHandle]:
+        """Within, the true weights are in place and may be edited by any means; nothing can run.
+
+        They lie on the host, those that stay on the device there. Afterwards whatever they have become counts:
+        weights written to or replaced, adapters loaded or fused, modules exchanged.
+
+        Raises:
+            RuntimeError: a forward is under way; or, at the end, a weight has become one that cannot be moved.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(exclusively(self.engines))
+            for held in self.holds.values():
+                stack.enter_context(held.suspended())
+            yield self
+
+    @contextmanager
+    def calling(self) -> Iterator[OffloadHandle]:
+        """Within, this thread has the components to itself; at the end, what came to the device leaves.
+
+        A call of a pipeline does this by itself. It is for those who call components one by one.
+        """
+        with calling(self.engines):
+            yield self
+
     def call_ended(self) -> None:
         """A call of the pipeline is over: stems and whole components leave the device."""
-        for engine in {held.engine for held in self._held.values()}:
+        for engine in self.engines:
             engine.call_ended()
 
     def disable(self) -> None:
         """Give every component its weights back, on the devices they came from, and free all memory."""
         self.following = None
-        for name in list(self._held):
-            self._let_go(name)
+        self.let_go(list(self.holds.values()))
         self._engine.streams.synchronize()
         self._engine.streams.forget_workspaces()
         self._engine.streams.empty_cache()
@@ -124,83 +167,82 @@ class OffloadHandle:
     def forget(self, held: Held) -> None:
         """A component is offloaded no longer, its hook having been removed."""
         self._held = {name: each for name, each in self._held.items() if each is not held}
+        self._replan()
 
     def remember(self, held: Held) -> None:
-        """A component that was forgotten is offloaded again."""
-        self._held[held.target.name] = held
-        self.replan(held.target)
+        """A component that was forgotten is offloaded again, or was taken apart anew."""
+        if held not in self._held.values():
+            self._held[held.target.name] = held
+        self._replan()
 
-    def replan(self, target: Target) -> None:
-        """A component was taken apart anew."""
-        self._targets[target.name] = target
-        self.plan = make_plan(list(self._targets.values()), self.device)
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        guards.refuse_copy("the handle of a pipeline")
 
-    # --- components that come and go ------------------------------------------------------------------
-
-    def plan_with(self, targets: Sequence[Target], without: Collection[str] = ()) -> Plan:
-        """The plan if `targets` came and the components `without` went."""
-        staying = [target for name, target in self._targets.items() if name not in without]
-        return make_plan([*staying, *targets], self.device)
+    # --- taking components in, and letting them go -----------------------------------------------------
 
     def take_in(self, targets: Sequence[Target]) -> None:
-        """Offload further components, under the same engine."""
-        self.plan = self.plan_with(targets)
-        self._targets.update({target.name: target for target in targets})
-        try:
-            self._take_in(targets)
-            self._engine.open_arena()
-        except BaseException:
-            self.give_back([target.name for target in targets])
-            raise
+        """Put components under the engine; if that fails half way, none of them is there."""
+        plan = make_plan(targets, self.device)
+        moved = sum(c.stem_bytes + c.streamed_bytes + c.resident_bytes for c in plan.components)
+        with (
+            self._engine.lock,
+            tqdm(
+                total=moved,
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1024,
+                desc="Preparing block offload",
+                disable=moved < _PROGRESS_FROM or None,
+            ) as bar,
+        ):
+            try:
+                for target in targets:
+                    for unit in self._hold(target):
+                        bar.update(unit.nbytes)
+                self._engine.open_arena()
+            except BaseException:
+                modules = [target.module for target in targets]
+                self.let_go([held for held in self.holds.values() if held.module in modules])
+                raise
+        self._replan()
 
-    def give_back(self, names: Collection[str]) -> None:
-        """Offload some components no longer; those that another handle wants offloaded stay so."""
-        for name in names:
-            self._targets.pop(name, None)
-            held = self._held.get(name)
-            if held is not None:
-                self._let_go(name)
+    def _hold(self, target: Target) -> Iterator[Unit]:
+        held = find_held(target.module)
+        shared = held is not None
+        if held is None:
+            here = self._engine.components
+            owners = {id(t): c for c in here for unit in c.units for t in unit.weights.tensors}
+            held = Held(target, build_component(target, owners), self._engine)
+        held.owners.add(self)
+        self._held[target.name] = held
+        if not shared:
+            yield from self._engine.adopt(held.component)
+            held.attach()
+
+    def let_go(self, leaving: Sequence[Held]) -> None:
+        """Give components their weights back, but for those that another handle still wants offloaded."""
+        with exclusively(engines_of(held.module for held in leaving)):
+            for held in leaving:
+                self._held = {name: each for name, each in self._held.items() if each is not held}
+                held.owners.discard(self)
                 if not held.owners:
-                    held.engine.open_arena()
-                    for other in self._held.values():
-                        other.lose(held.component)
-        self.plan = self.plan_with([])
+                    held.release()
+            gone = {held.component for held in leaving if not held.owners}
+            for component in {c for held in leaving for c in held.engine.components}:
+                if gone & set(component.needs):  # it has tensors of theirs, which nobody moves now
+                    find_held(component.module).renew()
 
-    def _let_go(self, name: str) -> None:
-        held = self._held.pop(name)
-        held.owners.discard(self)
-        if not held.owners:
-            held.release()
+    def plan_with(self, coming: Sequence[Target], leaving: Sequence[Held]) -> Plan:
+        """The plan after an exchange of components."""
+        held = {name: each for name, each in self._held.items() if each not in leaving}
+        staying = {name: replace(each.target, name=name) for name, each in held.items()}
+        return make_plan(
+            list({**staying, **{target.name: target for target in coming}}.values()), self.device
+        )
 
-    # --- taking components in -------------------------------------------------------------------------
-
-    def _take_in(self, targets: Sequence[Target]) -> None:
-        coming = {target.name for target in targets}
-        plans = [plan for plan in self.plan.components if plan.name in coming]
-        moved = sum(plan.stem_bytes + plan.streamed_bytes + plan.resident_bytes for plan in plans)
-        with tqdm(
-            total=moved,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            desc="Preparing block offload",
-            disable=moved < _PROGRESS_FROM or None,
-        ) as bar:
-            others = self._engine.components
-            owners = {id(t): each for each in others for unit in each.units for t in unit.weights.tensors}
-            for target in targets:
-                shared = find_held(target.module)
-                if shared is not None:
-                    shared.owners.add(self)
-                    self._held[target.name] = shared
-                    continue
-                component = build_component(target, owners)
-                held = Held(target, component, self._engine)
-                held.owners.add(self)
-                self._held[target.name] = held
-                for unit in self._engine.adopt(component):
-                    bar.update(unit.nbytes)
-                held.attach()
+    def _replan(self) -> None:
+        if self._held:
+            self.plan = self.plan_with((), ())
 
 
 _live: weakref.WeakSet[OffloadHandle] = weakref.WeakSet()
@@ -208,7 +250,7 @@ _live: weakref.WeakSet[OffloadHandle] = weakref.WeakSet()
 
 def live_handles() -> list[OffloadHandle]:
     """Every handle that is enabled now."""
-    return list(_live)
+    return [handle for handle in _live if handle.enabled]
 
 
 def held_policy(module: nn.Module) -> tuple[OffloadHandle, ComponentPlan] | None:
@@ -246,12 +288,3 @@ def make_plan(targets: Sequence[Target], device: torch.device) -> Plan:
             )
         )
     return Plan(str(device), tuple(plans))
-
-
-def why_not(name: str, module: nn.Module) -> str | None:
-    """Why the weights of component `name` cannot be moved, or None if they can."""
-    for path, tensor in (*module.named_parameters(), *module.named_buffers()):
-        reason = slab.why_not(tensor)
-        if reason is not None:
-            return f"{name}.{path} {reason}"
-    return None

@@ -2,127 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from . import hooks
-from .component import Component, Unit
+from . import hooks, refusals
+from .component import Component
 from .engine import Engine
 from .log import logger
-from .policy import OffloadPolicy
-from .units import Anatomy, Findings, Part, chunks, dissect, own_tensors, tensors_of
-from .weights import Weights
+from .target import Target, build_component
+from .units import own_tensors, tensors_of
 
 if TYPE_CHECKING:
     from .handle import OffloadHandle
 
 _SMALL = 64 * 2**20  # bytes of a component that `.to(device)` brings at once
-
-
-STEM_CHUNK = 256 * 2**20  # bytes moved at once, so that moving a large stem never doubles it
-
-
-@dataclass(frozen=True)
-class Target:
-    """A component about to be offloaded, and how.
-
-    Attributes:
-        residents: which of the anatomy's parts stay on the device, by index.
-        blocks: what was given as its blocks; None if they are found.
-        findings: what running it has shown.
-        note: why the policy is not what the call asked for, or "".
-    """
-
-    name: str
-    module: nn.Module
-    policy: OffloadPolicy
-    anatomy: Anatomy
-    residents: frozenset[int] = frozenset()
-    blocks: tuple[nn.Module, ...] | None = None
-    findings: Findings = field(default_factory=Findings)
-    note: str = ""
-
-    def renewed(self, component: Component | None = None) -> Target:
-        """The same component with the tensors that it holds now, and with what its last forward taught.
-
-        A unit that was passed over while its parts ran is taken apart; what was used besides stays in the stem.
-        """
-        strays = component.strays if component is not None else ()
-        passed = [stray for stray in strays if stray.within and stray.unit not in component.ran]
-        single = {id(stray.tensor) for stray in strays if stray not in passed}
-        bypassed = {module for stray in passed for module in stray.unit.modules}
-        findings = Findings(self.findings.bypassed | bypassed, self.findings.strays | single)
-        granularity = self.policy.granularity if self.policy.streams else "block"
-        anatomy = dissect(self.module, granularity, self.blocks, findings)
-        staying = {id(module) for i in self.residents for module in self.anatomy.parts[i].modules}
-        residents = frozenset(
-            i for i, part in enumerate(anatomy.parts) if all(id(module) in staying for module in part.modules)
-        )
-        return replace(self, anatomy=anatomy, residents=residents, findings=findings)
-
-
-def build_component(
-    target: Target, owners: dict[int, Component], before: Component | None = None
-) -> Component:
-    """Build the component's units; tensors that an earlier component owns stay with that one.
-
-    Args:
-        owners: which component owns a tensor, by the tensor's id; added to.
-        before: the component as it was: units of it that are still right are used again.
-    """
-    component = Component(target.name, target.module)
-    everything = tensors_of(target.module)
-    for tensor in everything:
-        owner = owners.setdefault(id(tensor), component)
-        if owner is not component and owner not in component.needs:
-            component.needs.append(owner)
-    earlier = _by_contents(before) if before is not None else {}
-
-    def own(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [tensor for tensor in tensors if owners[id(tensor)] is component]
-
-    def unit(role: str, name: str, tensors: Sequence[torch.Tensor], part: Part | None = None) -> Unit:
-        modules, opener = (part.modules, part.opener) if part is not None else ((), None)
-        again = earlier.get((role, modules, opener, tuple(map(id, tensors))))
-        if again is not None:
-            again.name = name
-            return again
-        floats = target.policy.granularity == "leaf" and part is not None
-        return Unit(name, modules, Weights(tensors), opener, floats)
-
-    def pieces(role: str, tensors: Sequence[torch.Tensor]) -> list[Unit]:
-        groups = chunks(own(tensors), STEM_CHUNK)
-        return [unit(role, f"stem.{i}", group) for i, group in enumerate(groups)]
-
-    if target.policy.granularity == "resident":
-        component.residents = pieces("resident", everything)
-    elif target.policy.granularity == "model":
-        component.stem = pieces("stem", everything)
-    else:
-        component.stem = pieces("stem", target.anatomy.stem)
-        for index, part in enumerate(target.anatomy.parts):
-            tensors = own(part.tensors)
-            stays = index in target.residents
-            if tensors:
-                units = component.residents if stays else component.streamed
-                units.append(unit("resident" if stays else "streamed", part.name, tensors, part))
-    return component
-
-
-def _by_contents(component: Component) -> dict[tuple, Unit]:
-    """The units of a component that lie where they were put, by role, modules and tensors."""
-    roles = {"stem": component.stem, "resident": component.residents, "streamed": component.streamed}
-    return {
-        (role, unit.modules, unit.opener, tuple(map(id, unit.weights.tensors))): unit
-        for role, units in roles.items()
-        for unit in units
-        if unit.weights.is_undisturbed()
-    }
 
 
 class Held:
@@ -165,26 +63,51 @@ class Held:
             hooks.detach(module, hook)
 
     def check(self) -> None:
-        """Take the component apart anew if it holds other tensors than before, or uses them in other places."""
-        if {id(tensor) for tensor in tensors_of(self.module)} != self._tensors:
+        """See what others did to the component since the last call; raise if it cannot go on.
+
+        It is taken apart anew if it holds other tensors than before (adapters, fused projections) or tensors of
+        other shapes, or if it was seen to use weights in other places than their unit's forward.
+        """
+        self.refuse_lost_hook()
+        refusals.refuse_since(self.component.name, self.module)
+        for module, hook in self._hooks[1:]:
+            if hook not in hooks.on(module):  # a unit whose hook was replaced stays on the device
+                hook.detach_hook(module)
+        same = {id(tensor) for tensor in tensors_of(self.module)} == self._tensors
+        if not same or not all(unit.weights.keeps_layout() for unit in self.component.units):
             logger.info("%s holds other weights than before: taking it apart anew", self.component.name)
-            self._take_apart_anew()
+            self.renew()
         elif self.component.strays:
-            count = len({stray.unit for stray in self.component.strays})
             logger.info(
                 "%s: weights of %d units are used past their forwards: taking it apart anew",
                 self.component.name,
-                count,
+                len({stray.unit for stray in self.component.strays}),
             )
-            self._take_apart_anew()
+            self.renew()
         self.component.checked = True
 
-    def lose(self, other: Component) -> None:
-        """Another component is offloaded no longer: what it held for this one is this one's from now on."""
-        if other in self.component.needs:
-            self._tensors, self.component.checked = set(), False
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """True weights in place within, for any kind of edit; afterwards what became of them is what runs."""
+        engine = self.engine
+        with engine.lock:
+            if self.module in engine.suspended:  # the outermost takes the edits over
+                yield
+                return
+            if engine.busy:
+                raise RuntimeError(f"{self.component.name} cannot be edited in the middle of a forward")
+            engine.suspended.add(self.module)
+            try:
+                with engine.edit(self.component):
+                    yield
+            finally:
+                engine.suspended.discard(self.module)
+                if self.component in engine.components:  # not given back meanwhile
+                    self.component.checked = False
+                    self.check()
 
-    def _take_apart_anew(self) -> None:
+    def renew(self) -> None:
+        """Take the component apart anew, with the tensors that it holds now and what was seen of their use."""
         before, others = self.component, [c for c in self.engine.components if c is not self.component]
         self._detach_inside()
         self.target = self.target.renewed(before)
@@ -210,6 +133,20 @@ class Held:
         for handle in self.owners:
             handle.remember(self)
 
+    def refuse_lost_hook(self) -> None:
+        """Raise RuntimeError if accelerate put a hook in place of the component's own, not beside it."""
+        present = hooks.on(self.module)
+        if self._hooks and self._hooks[0][1] not in present:
+            raise RuntimeError(
+                f"{self.component.name} got {[type(hook).__name__ for hook in present]} in place of block "
+                "offload's hook, as by accelerate's dispatch_model or add_hook_to_module without append=True. Call "
+                "pipe.disable_block_offload() to leave the component to that"
+            )
+
+    def owns(self, hook: hooks.EngineHook) -> bool:
+        """Whether `hook` is one of those on this component."""
+        return any(each is hook for _, each in self._hooks)
+
     def release(self) -> None:
         """Take the component's own hook off, and with it everything else."""
         for module, hook in self._hooks[:1]:
@@ -218,19 +155,21 @@ class Held:
 
     def restore(self) -> None:
         """The component's own hook is gone: take the others off, give the weights back."""
-        self.engine.release_component(self.component)
-        self._detach_inside()
-        self._hooks = []
-        for handle in self.owners:
-            handle.forget(self)
-        self._former, self.owners = list(self.owners), set()
+        with self.engine.lock:
+            self.engine.release_component(self.component)
+            self._detach_inside()
+            self._hooks = []
+            for handle in self.owners:
+                handle.forget(self)
+            self._former, self.owners = list(self.owners), set()
 
     def take_back(self, hook: hooks.ComponentHook) -> None:
         """The component's own hook is back, as when accelerate chains another one to it."""
         self.owners, self._former = set(self._former), []
         if self.owners:
             self._hooks = [(self.module, hook)]
-            self._take_in()
+            with self.engine.lock:
+                self._take_in()
 
     def _add(self, module: nn.Module, hook: hooks.EngineHook) -> None:
         hooks.attach(module, hook)
@@ -252,7 +191,8 @@ class Held:
                     str(device),
                 )
             elif device is not None and self.engine.streams.asynchronous:
-                if component.stem_bytes <= _SMALL and not component.streamed:
+                small = component.stem_bytes <= _SMALL and not component.streamed
+                if small and self.module not in self.engine.suspended:
                     self.engine.touch(component)  # a pipeline that is about to use it past its forward
                 logger.warning(
                     "%s is offloaded block by block and comes to %s when it runs: .to(%r) changes nothing.",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import send_to_device
 from torch import nn
 
+from . import guards
 from .component import Component, State, Unit
 from .engine import Engine
 
@@ -55,13 +56,18 @@ class EngineHook(ModelHook):
         guarded.unguarded = forward
         guarded.guard = self
         module._old_forward = guarded
+        guards.refuse_copies(module)
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         forward = module.__dict__.get("_old_forward")
         if getattr(forward, "guard", None) is self:
             module._old_forward = forward.unguarded
+        guards.allow_copies(module)
         return module
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        guards.refuse_copy(type(self).__name__)
 
     def failed(self, module: nn.Module) -> None:
         """The module's forward raised; `post_forward` will not be called."""
@@ -96,20 +102,22 @@ class ComponentHook(EngineHook):
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         module = super().init_hook(module)
+        guards.guard(module, self.component.name)
         if self._detached:  # accelerate takes a hook off and puts it on again to chain another to it
             self._detached = False
             self.held.take_back(self)
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-        if not self.component.checked and not self.engine.busy:
-            self.held.check()
-        # `encode` and `decode` of a VAE call this without arguments and never call `post_forward`.
-        args, kwargs = self.send(module, args, kwargs)
-        if args or kwargs:
-            self.engine.enter(self.component, _shapes(args, kwargs) if self.engine.budget else ())
-        else:
-            self.engine.touch(self.component)
+        with self.engine.lock:  # a second thread waits here until the first one's call, or forward, is over
+            if not self.component.checked and not self.engine.busy:
+                self.held.check()
+            # `encode` and `decode` of a VAE call this without arguments and never call `post_forward`.
+            args, kwargs = self.send(module, args, kwargs)
+            if args or kwargs:
+                self.engine.enter(self.component, _shapes(args, kwargs) if self.engine.budget else ())
+            else:
+                self.engine.touch(self.component)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -124,6 +132,7 @@ class ComponentHook(EngineHook):
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Give the component its weights back, where they came from."""
         module = super().detach_hook(module)
+        guards.unguard(module)
         self._detached = True
         self.held.restore()
         return module
@@ -241,13 +250,20 @@ def attach(module: nn.Module, hook: EngineHook) -> None:
 
 def find(module: nn.Module, kind: type[_Hook]) -> _Hook | None:
     """The hook of class `kind` on `module`, alone or in a chain."""
+    return next((hook for hook in on(module) if isinstance(hook, kind)), None)
+
+
+def on(module: nn.Module) -> Sequence[Any]:
+    """The accelerate hooks on `module`, the first to run first."""
     present = getattr(module, "_hf_hook", None)
-    chained = present.hooks if isinstance(present, SequentialHook) else (present,)
-    return next((hook for hook in chained if isinstance(hook, kind)), None)
+    return present.hooks if isinstance(present, SequentialHook) else (present,) if present is not None else ()
 
 
 def detach(module: nn.Module, hook: EngineHook) -> None:
-    """Remove one hook and leave the others as they are; does nothing if it has gone already."""
+    """Remove one hook and leave the others as they are.
+
+    accelerate puts a hook in place of another without taking that one off; what it left behind goes here.
+    """
     present = getattr(module, "_hf_hook", None)
     if present is hook:
         _keep_later_wrappers(module)
@@ -259,3 +275,5 @@ def detach(module: nn.Module, hook: EngineHook) -> None:
             module._hf_hook = rest[0]
         else:
             present.hooks = rest
+    else:
+        hook.detach_hook(module)

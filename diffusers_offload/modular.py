@@ -10,16 +10,16 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
-from . import planner
 from .handle import OffloadHandle, held_policy
 from .log import logger
-from .pipeline import _HANDLE, BlockOffloadMixin, plan_targets
+from .pipeline import _HANDLE, BlockOffloadMixin
 from .policy import Request, parse_request
+from .routing import check_exchange, follow
 
 _SIGNATURE = inspect.signature(BlockOffloadMixin.enable_block_offload)
 
@@ -37,36 +37,22 @@ class Following:
         self._request = request
         self._base_name = base_name
         # What was given to the handle. Not what it holds: a hook that was taken off is not put on again.
-        self._given = WeakValueDictionary(handle.components)
+        self._given = WeakSet(handle.components.values())
 
     def check(self, modules: Mapping[str, nn.Module]) -> None:
         """Raise ValueError if the owner could not have `modules`."""
-        gone, new = self._changes(modules)
-        request, handle = narrowed(self._request, new, self._base_name), self._handle
-        targets = plan_targets(new, request, handle.device, replacing=handle)
-        if new and handle.max_device_memory is not None:
-            planner.check_budget(handle.plan_with(targets, without=gone), handle.max_device_memory)
+        check_exchange(self._handle, *self._wanted(modules))
 
     def follow(self, modules: Mapping[str, nn.Module]) -> None:
         """The owner has `modules` now."""
-        gone, new = self._changes(modules)
-        if not gone and not new:
-            return
-        self.check(modules)
-        self._handle.give_back(gone)
-        for name in gone:
-            del self._given[name]
-        # Taken apart only now: what comes may be what went, under another name and with new storages.
-        request = narrowed(self._request, new, self._base_name)
-        self._handle.take_in(plan_targets(new, request, self._handle.device))
-        self._given.update(new)
-        logger.info("block offload follows the components:\n%s", self._handle.plan)
+        if follow(self._handle, *self._wanted(modules)):
+            logger.info("block offload follows the components:\n%s", self._handle.plan)
+        self._given = WeakSet(modules.values())
 
-    def _changes(self, modules: Mapping[str, nn.Module]) -> tuple[list[str], dict[str, nn.Module]]:
-        given = dict(self._given)
-        gone = [name for name, module in given.items() if modules.get(name) is not module]
-        staying = {id(module) for name, module in given.items() if name not in gone}
-        return gone, {name: module for name, module in modules.items() if id(module) not in staying}
+    def _wanted(self, modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], Request]:
+        held = set(self._handle.components.values())
+        wanted = {name: m for name, m in modules.items() if m in held or m not in self._given}
+        return wanted, narrowed(self._request, wanted, self._base_name)
 
 
 def narrowed(request: Request, names: Iterable[str], base_name: Callable[[str], str]) -> Request:
@@ -85,6 +71,9 @@ class ModularOffloadMixin(BlockOffloadMixin):
     @wraps(BlockOffloadMixin.enable_block_offload)
     def enable_block_offload(self, *args: Any, **kwargs: Any) -> None:
         _enable(self, args, kwargs, lambda asked: _nameable(self), str)
+
+    def _offloadable_modules(self) -> dict[str, nn.Module]:
+        return _modules(self.components)
 
     def register_components(self, **components: Any) -> None:
         """Diffusers calls this for whatever is loaded, updated or unloaded: the handle follows."""
@@ -126,6 +115,9 @@ class ManagerOffloadMixin(BlockOffloadMixin):
             )
         _enable(self, args, kwargs, tuple, self._id_to_name)
 
+    def _offloadable_modules(self) -> dict[str, nn.Module]:
+        return _modules(self.components)
+
     def enable_auto_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """Diffusers' own offloading, which would take ours off: refused while ours is on."""
         ours = [name for name, module in _modules(self.components).items() if held_policy(module) is not None]
@@ -163,7 +155,7 @@ def _enable(
     asked = arguments["components"]
     names = known(asked) if isinstance(asked, Mapping) else ()
     request = parse_request(arguments["offload_granularity"], arguments["offload_ratio"], asked, names)
-    present = _modules(owner.components)
+    present = owner._offloadable_modules()
     arguments["components"] = narrowed(request, present, base_name).by_name
     BlockOffloadMixin.enable_block_offload(*given.args, **given.kwargs)
     handle = vars(owner)[_HANDLE]
@@ -197,7 +189,7 @@ def _handles(pipe: Any) -> list[OffloadHandle]:
 def _follow(owner: Any, without: Iterable[str | None] = ()) -> None:
     handle = owner.block_offload
     if handle is not None and handle.following is not None:
-        modules = _modules(owner.components)
+        modules = owner._offloadable_modules()
         handle.following.follow({name: module for name, module in modules.items() if name not in without})
 
 

@@ -6,20 +6,21 @@ anything is moved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 from torch import nn
 
-from . import planner, slab
-from .handle import OffloadHandle, Target, held_policy, make_plan, why_not
-from .hooks import EngineHook
+from . import guards, planner
+from .calls import engines_of, exclusively, guard_calls
+from .handle import OffloadHandle, held_policy, make_plan
+from .held import find_held
 from .log import logger
 from .policy import OffloadPolicy, Request, parse_bytes, parse_request
+from .refusals import refuse_device_map
+from .routing import follow, plan_targets
 from .streams import find_device
-from .units import dissect
 
 _HANDLE = "_block_offload_handle"
 
@@ -57,20 +58,22 @@ class BlockOffloadMixin:
             RuntimeError: the device is not there.
         """
         device = find_device(device)
-        modules = {name: m for name, m in self.components.items() if isinstance(m, nn.Module)}
+        modules = self._offloadable_modules()
         request = parse_request(offload_granularity, offload_ratio, components, tuple(modules))
         limit = parse_bytes("max_device_memory", max_device_memory)
-        _refuse_device_map(self)
+        refuse_device_map(self)
         before = self.block_offload
-        targets = plan_targets(modules, request, device, replacing=before)
+        leaving = [h for h in before.holds.values() if h.owners == {before}] if before is not None else []
+        targets = plan_targets(modules, request, device, leaving)
         if limit is not None:
             planner.check_budget(make_plan(targets, device), limit)
         if before is not None:
             before.disable()
             # Sizes stay, but the storages behind the tensors are new: take the modules apart again.
             targets = plan_targets(modules, request, device)
-        handle = OffloadHandle(targets, device, limit)
+        handle = OffloadHandle(targets, device, request, limit)
         setattr(self, _HANDLE, handle)
+        guard_calls(type(self))
         _announce(handle)
 
     def disable_block_offload(self) -> None:
@@ -86,18 +89,57 @@ class BlockOffloadMixin:
         handle = self.__dict__.get(_HANDLE)
         return handle if handle is not None and handle.enabled else None
 
+    def _offloadable_modules(self) -> dict[str, nn.Module]:
+        """The components that are modules, by name. `components` would refuse while one is being exchanged."""
+        found = ((name, vars(self).get(name)) for name in self.config if not name.startswith("_"))
+        return {name: module for name, module in found if isinstance(module, nn.Module)}
+
+    # --- Diffusers' own methods, wrapped ---------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A component that is exchanged is offloaded as its name was to be; the old one gets its weights back."""
+        handle, before = self.block_offload, self.__dict__.get(name)
+        modules = isinstance(before, nn.Module) or isinstance(value, nn.Module)
+        if handle is None or before is value or not modules:
+            self._diffusers___setattr__(name, value)
+            return
+        with exclusively(handle.engines):
+            self._diffusers___setattr__(name, value)
+            try:
+                follow(handle, self._offloadable_modules())
+            except BaseException:
+                self._diffusers___setattr__(name, before)
+                raise
+
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes, also while all its weights are on the host."""
-        handle = self.block_offload
-        return handle.device if handle is not None else self._diffusers_device
+        engines = engines_of(vars(self).values())
+        return engines[0].device if engines else self._diffusers_device
 
     def maybe_free_model_hooks(self) -> None:
         """Diffusers calls this at the end of every pipeline call: what came for the call leaves, too."""
         self._diffusers_maybe_free_model_hooks()
-        handle = self.block_offload
-        if handle is not None:
-            handle.call_ended()
+        for engine in engines_of(vars(self).values()):
+            engine.call_ended()
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Refused while a component is offloaded block by block; otherwise Diffusers' own."""
+        for name, module in self._offloadable_modules().items():
+            if find_held(module) is not None:
+                guards.refuse_group_offload(name)
+        self._diffusers_enable_group_offload(*args, **kwargs)
+
+    def __copy__(self) -> Any:
+        """A pipeline that shares the components, as `from_pipe` makes one; the handle stays with this one."""
+        other = object.__new__(type(self))
+        other.__dict__.update({key: value for key, value in vars(self).items() if key != _HANDLE})
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if engines_of(vars(self).values()):
+            guards.refuse_copy(f"the {type(self).__name__}")
+        return object.__reduce_ex__(self, protocol)
 
 
 def enable_block_offload(
@@ -129,133 +171,14 @@ def enable_block_offload(
     policy = parse_request(offload_granularity, offload_ratio, None, (name,)).default
     if held_policy(module) is not None:
         raise ValueError(f"{name} is offloaded already: disable its handle first")
-    targets = plan_targets({name: module}, Request(policy, {name: policy}), device)
+    request = Request(policy, {name: policy})
+    targets = plan_targets({name: module}, request, device)
     limit = parse_bytes("max_device_memory", max_device_memory)
     if limit is not None:
         planner.check_budget(make_plan(targets, device), limit)
-    handle = OffloadHandle(targets, device, limit)
+    handle = OffloadHandle(targets, device, request, limit)
     _announce(handle)
     return handle
-
-
-def plan_targets(
-    modules: Mapping[str, nn.Module],
-    request: Request,
-    device: torch.device,
-    replacing: OffloadHandle | None = None,
-) -> list[Target]:
-    """Route a policy to every component. Only looks; raises what is wrong with the request.
-
-    Args:
-        replacing: the handle that is going to be disabled first.
-    """
-    targets: list[Target] = []
-    without_blocks: list[str] = []
-    seen: set[int] = set()
-    for name, module in modules.items():
-        if id(module) in seen:  # one module under two names
-            continue
-        seen.add(id(module))
-        held = held_policy(module)
-        if held is not None and held[0] is not replacing:
-            targets.append(_shared_target(name, module, held, request, device))
-            continue
-        _refuse_foreign_offload(name, module, ours=held is not None)
-        reason = why_not(name, module)
-        if reason is not None:
-            raise ValueError(f"{reason}. Leave it out of the pipeline, or load it in a plain dtype.")
-        target = _target(name, module, request)
-        if target.note and not _is_autoencoder(module):
-            without_blocks.append(name)
-        targets.append(target)
-    if without_blocks and replacing is None:
-        logger.warning(
-            "%s: no blocks found, so each comes and goes as a whole (the policy 'model')",
-            ", ".join(without_blocks),
-        )
-    return targets
-
-
-def _target(name: str, module: nn.Module, request: Request) -> Target:
-    policy = request.policy_for(name)
-    if not policy.streams:
-        return Target(name, module, policy, dissect(module))
-    anatomy = dissect(module, policy.granularity)
-    by_name = name in request.by_name
-    if not anatomy.parts and by_name:
-        raise ValueError(
-            f"{name} ({type(module).__name__}) has no blocks that could be streamed: use 'model' or 'resident'"
-        )
-    if not anatomy.parts or (_is_autoencoder(module) and not by_name):
-        note = "an autoencoder, run in tiles" if anatomy.parts else "no blocks found"
-        return Target(name, module, OffloadPolicy("model"), anatomy, note=note)
-    sizes = [slab.lay_out(part.tensors).nbytes for part in anatomy.parts]
-    return Target(name, module, policy, anatomy, frozenset(planner.choose_residents(sizes, policy.ratio)))
-
-
-def _shared_target(
-    name: str, module: nn.Module, held: tuple[OffloadHandle, Any], request: Request, device: torch.device
-) -> Target:
-    """A component that another pipeline offloads already keeps the policy it has there."""
-    handle, plan = held
-    if handle.device != device:
-        raise ValueError(
-            f"{name} is offloaded to {handle.device} by another pipeline: use device={str(handle.device)!r}, or "
-            "disable the block offload of that pipeline first"
-        )
-    wanted = request.by_name.get(name)
-    if wanted is not None and wanted != plan.policy:
-        raise ValueError(
-            f"components[{name!r}]={wanted} differs from the policy {plan.policy} that another pipeline gave this "
-            "component: leave it out to share that, or disable the block offload of that pipeline first"
-        )
-    granularity = plan.policy.granularity if plan.policy.streams else "block"
-    return Target(
-        name, module, plan.policy, dissect(module, granularity), note="shared with another pipeline"
-    )
-
-
-def _is_autoencoder(module: nn.Module) -> bool:
-    """Whether the module turns latents into pixels: tiled decoding would stream its blocks once per tile."""
-    return callable(getattr(module, "encode", None)) or callable(getattr(module, "decode", None))
-
-
-def _refuse_device_map(pipe: Any) -> None:
-    mapped = getattr(pipe, "_is_pipeline_device_mapped", None)
-    if mapped is not None and mapped():
-        raise ValueError(
-            f"the pipeline is spread over devices (device_map={pipe.hf_device_map}): "
-            "call pipe.reset_device_map() first"
-        )
-
-
-def _refuse_foreign_offload(name: str, module: nn.Module, ours: bool) -> None:
-    device_map = getattr(module, "hf_device_map", None)
-    if isinstance(device_map, Mapping) and len(set(map(str, device_map.values()))) > 1:
-        raise ValueError(
-            f"{name} is spread over devices (device_map={dict(device_map)}): load it without device_map"
-        )
-    for path, part in module.named_modules():
-        where = f"{name}.{path}" if path else name
-        present = getattr(part, "_hf_hook", None)
-        chained: Sequence[Any] = present.hooks if isinstance(present, SequentialHook) else (present,)
-        if any(isinstance(hook, (AlignDevicesHook, CpuOffload)) for hook in chained):
-            raise ValueError(
-                f"{where} is offloaded by accelerate (enable_model_cpu_offload, enable_sequential_cpu_offload "
-                "or cpu_offload): call pipe.remove_all_hooks() first"
-            )
-        if any(type(hook).__name__ == "CustomOffloadHook" for hook in chained):  # importing it takes seconds
-            raise ValueError(
-                f"{where} is offloaded by a ComponentsManager (enable_auto_cpu_offload): "
-                "call its disable_auto_cpu_offload() first"
-            )
-        if not ours and any(isinstance(hook, EngineHook) for hook in chained):
-            raise ValueError(f"{where} is offloaded block by block already: disable that handle first")
-        registry = getattr(part, "_diffusers_hook", None)
-        if registry is not None and registry.get_hook("group_offloading") is not None:
-            raise ValueError(
-                f"{where} is under Diffusers' group offloading, which has no way back: load {name} anew"
-            )
 
 
 def _announce(handle: OffloadHandle) -> None:

@@ -89,9 +89,21 @@ class Weights:
 
     def is_undisturbed(self) -> bool:
         """Whether the tensors point where they were moved, on the host or to stay on the device."""
-        if self.host is not None:
-            return self.is_intact()
-        return not self.moved or not self.was_replaced()
+        if self.host is None and not self.moved:
+            return True
+        in_place = self.is_intact() if self.host is not None else not self.was_replaced()
+        return in_place and self.keeps_layout()
+
+    def keeps_layout(self) -> bool:
+        """Whether each tensor has the shape, strides and dtype with which it was taken in.
+
+        `tensor.data = tensor.data.t()` changes them and no address.
+        """
+        views = self._host_views or self._device_views
+        return not views or all(
+            tensor.dtype == view.dtype and tensor.shape == view.shape and tensor.stride() == view.stride()
+            for tensor, view in zip(self.tensors, views, strict=True)
+        )
 
     def was_replaced(self) -> bool:
         """Whether the bound tensors point elsewhere than they were bound to: after `tensor.data = ...`."""

@@ -47,6 +47,36 @@ def test_a_block_whose_hook_is_removed_stays_on_the_device(device):
     assert next(pipe.transformer.transformer_blocks[1].parameters()).device.type == "cpu"
 
 
+def test_a_block_whose_hook_is_replaced_stays_on_the_device(device):
+    pipe = build("flux", device=device)
+    expected = run(pipe, "flux")
+    pipe.to("cpu").enable_block_offload(device=device)
+    run(pipe, "flux")
+    block, foreign = pipe.transformer.transformer_blocks[1], Counting()
+    add_hook_to_module(block, foreign)
+    streamed = len(pipe.block_offload._held["transformer"].component.streamed)
+    assert torch.equal(run(pipe, "flux"), expected)
+    assert foreign.calls
+    assert len(pipe.block_offload._held["transformer"].component.streamed) == streamed - 1
+    pipe.disable_block_offload()
+    assert block._hf_hook is foreign
+    assert torch.equal(run(pipe.to(device), "flux"), expected)
+
+
+def test_a_component_whose_hook_is_replaced_is_named():
+    pipe = build("flux")
+    expected = run(pipe, "flux")
+    pipe.enable_block_offload(device="cpu")
+    run(pipe, "flux")
+    add_hook_to_module(pipe.vae, Counting())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"vae.*Counting.*disable_block_offload"):
+            run(pipe, "flux")
+    pipe.disable_block_offload()
+    assert isinstance(pipe.vae._hf_hook, Counting)
+    assert torch.equal(run(pipe, "flux"), expected)
+
+
 class Counting(ModelHook):
     def __init__(self):
         self.calls = 0

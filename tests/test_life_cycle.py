@@ -9,8 +9,6 @@ from helpers import build, run, weights_of
 
 import diffusers_offload
 from diffusers_offload.handle import live_handles
-from diffusers_offload.pipeline import plan_targets
-from diffusers_offload.policy import parse_request
 
 
 def modules_of(pipe):
@@ -67,19 +65,6 @@ def test_parameters_keep_their_identity_and_their_values_while_offloaded():
     assert list(found) == list(expected)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert pipe.transformer.dtype == torch.float32
-
-
-def test_save_pretrained_while_offloaded(tmp_path, device):
-    from diffusers import DiffusionPipeline
-
-    pipe = build("flux", device=device)
-    expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
-    run(pipe, "flux")
-    pipe.save_pretrained(tmp_path)
-    loaded = DiffusionPipeline.from_pretrained(tmp_path).to(device)
-    loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(run(loaded, "flux"), expected)
 
 
 def test_execution_device_and_dtype_answer_correctly(device):
@@ -205,24 +190,6 @@ def test_a_single_module_outside_a_pipeline(device):
     handle.disable()
     assert next(model.parameters()).device.type == device
     assert torch.equal(run(pipe, "wan"), expected)
-
-
-def test_components_come_and_go_under_one_handle(device):
-    pipe = build("flux", device=device)
-    expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
-    handle = pipe.block_offload
-    plan, weights = handle.plan, weights_of(pipe.transformer)
-    for _ in range(2):
-        handle.give_back(["transformer", "nobody"])
-        assert not any(hasattr(part, "_hf_hook") for part in pipe.transformer.modules())
-        assert all(torch.equal(pipe.transformer.state_dict()[key], value) for key, value in weights.items())
-        assert "transformer" not in {component.name for component in handle.plan.components}
-        request = parse_request("block", None, None, ("transformer",))
-        handle.take_in(plan_targets({"transformer": pipe.transformer}, request, handle.device))
-        assert handle.plan.device_bytes == plan.device_bytes
-        assert torch.equal(run(pipe, "flux"), expected)
-        assert torch.equal(run(pipe, "flux"), expected)
 
 
 def test_inference_mode_throughout(device):

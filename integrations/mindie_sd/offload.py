@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from diffusers_offload.handle import OffloadHandle, Target, held_policy
-from diffusers_offload.policy import OffloadPolicy
+from diffusers_offload.handle import OffloadHandle, held_policy
+from diffusers_offload.policy import OffloadPolicy, Request
 from diffusers_offload.streams import find_device
+from diffusers_offload.target import Target
 from diffusers_offload.units import dissect
 
 
@@ -32,8 +33,9 @@ def enable_offload(model: nn.Module, blocks: nn.ModuleList, min_reserved_blocks_
     reserved = {id(block) for block in blocks[:min_reserved_blocks_count]}
     anatomy = dissect(model, blocks=list(blocks))
     residents = frozenset(i for i, part in enumerate(anatomy.parts) if id(part.modules[0]) in reserved)
-    target = Target(type(model).__name__, model, OffloadPolicy("block"), anatomy, residents, tuple(blocks))
-    OffloadHandle([target], _device_of(model))  # the hooks on the model keep it alive
+    policy = OffloadPolicy("block")
+    target = Target(type(model).__name__, model, policy, anatomy, residents, tuple(blocks))
+    OffloadHandle([target], _device_of(model), Request(policy, {}))  # the hooks on the model keep it alive
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -1,0 +1,123 @@
+"""A component about to be offloaded: how it was taken apart, and the units that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from . import planner, slab
+from .component import Component, Unit
+from .policy import OffloadPolicy
+from .units import Anatomy, Findings, Part, chunks, dissect, tensors_of
+from .weights import Weights
+
+STEM_CHUNK = 256 * 2**20  # bytes moved at once, so that moving a large stem never doubles it
+
+
+@dataclass(frozen=True)
+class Target:
+    """A component about to be offloaded, and how.
+
+    Attributes:
+        residents: which of the anatomy's parts stay on the device, by index.
+        blocks: what was given as its blocks; None if they are found.
+        findings: what running it has shown.
+        note: why the policy is not what the call asked for, or "".
+    """
+
+    name: str
+    module: nn.Module
+    policy: OffloadPolicy
+    anatomy: Anatomy
+    residents: frozenset[int] = frozenset()
+    blocks: tuple[nn.Module, ...] | None = None
+    findings: Findings = field(default_factory=Findings)
+    note: str = ""
+
+    def renewed(self, component: Component | None = None) -> Target:
+        """The same component with the tensors that it holds now, and with what its last forward taught.
+
+        A unit that was passed over while its parts ran is taken apart; what was used besides stays in the stem.
+        """
+        strays = component.strays if component is not None else ()
+        passed = [stray for stray in strays if stray.within and stray.unit not in component.ran]
+        single = {id(stray.tensor) for stray in strays if stray not in passed}
+        bypassed = {module for stray in passed for module in stray.unit.modules}
+        findings = Findings(self.findings.bypassed | bypassed, self.findings.strays | single)
+        granularity = self.policy.granularity if self.policy.streams else "block"
+        anatomy = dissect(self.module, granularity, self.blocks, findings)
+        staying = {id(module) for i in self.residents for module in self.anatomy.parts[i].modules}
+        residents = frozenset(
+            i for i, part in enumerate(anatomy.parts) if all(id(module) in staying for module in part.modules)
+        )
+        return replace(self, anatomy=anatomy, residents=residents, findings=findings)
+
+
+def choose_residents(anatomy: Anatomy, policy: OffloadPolicy) -> frozenset[int]:
+    """Which parts stay on the device under `policy`, by index."""
+    if not policy.streams:
+        return frozenset()
+    sizes = [slab.lay_out(part.tensors).nbytes for part in anatomy.parts]
+    return frozenset(planner.choose_residents(sizes, policy.ratio))
+
+
+def build_component(
+    target: Target, owners: dict[int, Component], before: Component | None = None
+) -> Component:
+    """Build the component's units; tensors that an earlier component owns stay with that one.
+
+    Args:
+        owners: which component owns a tensor, by the tensor's id; added to.
+        before: the component as it was: units of it that are still right are used again.
+    """
+    component = Component(target.name, target.module)
+    everything = tensors_of(target.module)
+    for tensor in everything:
+        owner = owners.setdefault(id(tensor), component)
+        if owner is not component and owner not in component.needs:
+            component.needs.append(owner)
+    earlier = _by_contents(before) if before is not None else {}
+
+    def own(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [tensor for tensor in tensors if owners[id(tensor)] is component]
+
+    def unit(role: str, name: str, tensors: Sequence[torch.Tensor], part: Part | None = None) -> Unit:
+        modules, opener = (part.modules, part.opener) if part is not None else ((), None)
+        again = earlier.get((role, modules, opener, tuple(map(id, tensors))))
+        if again is not None:
+            again.name = name
+            return again
+        floats = target.policy.granularity == "leaf" and part is not None
+        return Unit(name, modules, Weights(tensors), opener, floats)
+
+    def pieces(role: str, tensors: Sequence[torch.Tensor]) -> list[Unit]:
+        groups = chunks(own(tensors), STEM_CHUNK)
+        return [unit(role, f"stem.{i}", group) for i, group in enumerate(groups)]
+
+    if target.policy.granularity == "resident":
+        component.residents = pieces("resident", everything)
+    elif target.policy.granularity == "model":
+        component.stem = pieces("stem", everything)
+    else:
+        component.stem = pieces("stem", target.anatomy.stem)
+        for index, part in enumerate(target.anatomy.parts):
+            tensors = own(part.tensors)
+            stays = index in target.residents
+            if tensors:
+                units = component.residents if stays else component.streamed
+                units.append(unit("resident" if stays else "streamed", part.name, tensors, part))
+    return component
+
+
+def _by_contents(component: Component) -> dict[tuple, Unit]:
+    """The units of a component that lie where they were put, by role, modules and tensors."""
+    roles = {"stem": component.stem, "resident": component.residents, "streamed": component.streamed}
+    return {
+        (role, unit.modules, unit.opener, tuple(map(id, unit.weights.tensors))): unit
+        for role, units in roles.items()
+        for unit in units
+        if unit.weights.is_undisturbed()
+    }

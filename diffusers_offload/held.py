@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -62,6 +62,11 @@ def choose_residents(anatomy: Anatomy, policy: OffloadPolicy) -> frozenset[int]:
         return frozenset()
     sizes = [slab.lay_out(block.tensors).nbytes for block in anatomy.blocks]
     return frozenset(planner.choose_residents(sizes, policy.ratio))
+
+
+def owners_in(components: Iterable[Component]) -> dict[int, Component]:
+    """Which component owns a tensor, by the tensor's id."""
+    return {id(t): each for each in components for unit in each.units for t in unit.weights.tensors}
 
 
 def build_component(target: Target, owners: dict[int, Component]) -> Component:
@@ -136,8 +141,8 @@ class Held:
     def check(self) -> None:
         """See what others did to the component since the last call; raise if it cannot go on.
 
-        If it holds other tensors than before (adapters, fused projections), or tensors of other shapes, it is
-        taken apart anew.
+        It is taken apart anew if it holds other tensors than before (adapters, fused projections), or tensors of
+        other shapes, or if some of its tensors were those of a component that is held no longer.
         """
         self.refuse_lost_hook()
         refusals.refuse_since(self.component.name, self.module)
@@ -145,7 +150,8 @@ class Held:
             if hook not in hooks.on(module):  # a unit whose hook was replaced stays on the device
                 hook.detach_hook(module)
         same = {id(tensor) for tensor in tensors_of(self.module)} == self._tensors
-        if not same or not all(unit.weights.keeps_layout() for unit in self.component.units):
+        same = same and all(unit.weights.keeps_layout() for unit in self.component.units)
+        if not same or not set(self.component.needs) <= set(self.engine.components):
             logger.info("%s holds other weights than before: taking it apart anew", self.component.name)
             self.renew()
         self.component.checked = True
@@ -189,8 +195,7 @@ class Held:
     def _take_in(self) -> None:
         self.target = self.target.renewed()
         before, others = self.component, list(self.engine.components)
-        owners = {id(t): c for c in others for unit in c.units for t in unit.weights.tensors}
-        self.component = build_component(self.target, owners)
+        self.component = build_component(self.target, owners_in(others))
         for other in others:
             other.needs = [self.component if each is before else each for each in other.needs]
         for _, hook in self._hooks[:1]:

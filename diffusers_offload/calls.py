@@ -16,7 +16,7 @@ from torch import nn
 from .engine import Engine
 from .held import find_held
 
-_guarded: WeakKeyDictionary[type, Callable] = WeakKeyDictionary()
+_guarded: WeakKeyDictionary[type, tuple[Callable, Callable]] = WeakKeyDictionary()  # as it is, and was
 
 
 def engines_of(modules: Iterable[object]) -> list[Engine]:
@@ -47,14 +47,16 @@ def guard_calls(pipeline_class: type) -> None:
     """Let the calls of offloaded pipelines of this class follow one another. Twice is once."""
     owner = next((c for c in pipeline_class.__mro__ if "__call__" in vars(c)), None)
     if owner is not None and owner not in _guarded:
-        owner.__call__ = _guarded[owner] = _guard(vars(owner)["__call__"])
+        call = vars(owner)["__call__"]
+        owner.__call__ = _guard(call)
+        _guarded[owner] = (owner.__call__, call)
 
 
 def unguard_calls() -> None:
     """Undo `guard_calls` for every class; leaves what others have put in its place since."""
-    for owner, guarded in _guarded.items():
+    for owner, (guarded, call) in _guarded.items():
         if vars(owner)["__call__"] is guarded:
-            owner.__call__ = guarded.__wrapped__
+            owner.__call__ = call
     _guarded.clear()
 
 
@@ -66,4 +68,5 @@ def _guard(call: Callable) -> Callable:
         with calling(engines_of(vars(self).values())):
             return call(self, *args, **kwargs)
 
+    vars(guarded).update(vars(call))  # who unwraps the call to get past `torch.no_grad` still does
     return guarded

@@ -22,7 +22,7 @@ from .planner import ComponentPlan, Plan, UnitSize
 from .policy import Request
 from .report import GIB, Report
 from .streams import open_streams
-from .target import STEM_CHUNK, Target, build_component
+from .target import STEM_CHUNK, Target, build_component, owners_in
 from .units import chunks
 
 _PROGRESS_FROM = GIB  # bytes from which on moving takes long enough to show a progress bar
@@ -210,9 +210,8 @@ class OffloadHandle:
         held = find_held(target.module)
         shared = held is not None
         if held is None:
-            here = self._engine.components
-            owners = {id(t): c for c in here for unit in c.units for t in unit.weights.tensors}
-            held = Held(target, build_component(target, owners), self._engine)
+            component = build_component(target, owners_in(self._engine.components))
+            held = Held(target, component, self._engine)
         held.owners.add(self)
         self._held[target.name] = held
         if not shared:
@@ -221,7 +220,8 @@ class OffloadHandle:
 
     def let_go(self, leaving: Sequence[Held]) -> None:
         """Give components their weights back, but for those that another handle still wants offloaded."""
-        with exclusively(engines_of(held.module for held in leaving)):
+        engines = engines_of(held.module for held in leaving)
+        with exclusively(engines):
             for held in leaving:
                 self._held = {name: each for name, each in self._held.items() if each is not held}
                 held.owners.discard(self)
@@ -231,6 +231,9 @@ class OffloadHandle:
             for component in {c for held in leaving for c in held.engine.components}:
                 if gone & set(component.needs):  # it has tensors of theirs, which nobody moves now
                     find_held(component.module).renew()
+            for engine in engines:
+                if not engine.busy:
+                    engine.open_arena()  # which forgets what has left
 
     def plan_with(self, coming: Sequence[Target], leaving: Sequence[Held]) -> Plan:
         """The plan after an exchange of components."""

@@ -14,7 +14,7 @@ from . import hooks, refusals
 from .component import Component
 from .engine import Engine
 from .log import logger
-from .target import Target, build_component
+from .target import Target, build_component, owners_in
 from .units import own_tensors, tensors_of
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class Held:
             if hook not in hooks.on(module):  # a unit whose hook was replaced stays on the device
                 hook.detach_hook(module)
         same = {id(tensor) for tensor in tensors_of(self.module)} == self._tensors
-        if not same or not all(unit.weights.keeps_layout() for unit in self.component.units):
+        same = same and all(unit.weights.keeps_layout() for unit in self.component.units)
+        if not same or not set(self.component.needs) <= set(self.engine.components):
             logger.info("%s holds other weights than before: taking it apart anew", self.component.name)
             self.renew()
         elif self.component.strays:
@@ -108,19 +109,18 @@ class Held:
 
     def renew(self) -> None:
         """Take the component apart anew, with the tensors that it holds now and what was seen of their use."""
-        before, others = self.component, [c for c in self.engine.components if c is not self.component]
+        before = self.component
         self._detach_inside()
         self.target = self.target.renewed(before)
-        owners = {id(t): c for c in others for unit in c.units for t in unit.weights.tensors}
-        self.component = build_component(self.target, owners, before)
+        others = owners_in(component for component in self.engine.components if component is not before)
+        self.component = build_component(self.target, others, before)
         self.engine.exchange(before, self.component)
         self._adopt_hooks()
 
     def _take_in(self) -> None:
         """Come back under the engine, after the component's own hook had gone."""
         self.target = self.target.renewed()
-        owners = {id(t): c for c in self.engine.components for unit in c.units for t in unit.weights.tensors}
-        self.component = build_component(self.target, owners)
+        self.component = build_component(self.target, owners_in(self.engine.components))
         for _ in self.engine.adopt(self.component):
             pass
         self.engine.open_arena()

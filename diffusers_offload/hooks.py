@@ -144,12 +144,25 @@ class StemHook(EngineHook):
     def __init__(self, engine: Engine, component: Component) -> None:
         super().__init__(engine)
         self.component = component
+        self._alone = 0  # uses under way outside the component's forward: other threads wait for these
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-        if not self.component.depth:
-            args, kwargs = self.send(module, args, kwargs)
-            self.engine.touch(self.component)
+        with self.engine.lock:
+            if not self.component.depth:
+                args, kwargs = self.send(module, args, kwargs)
+                self.engine.touch(self.component)
+                self.engine.lock.acquire()
+                self._alone += 1
         return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self.failed(module)
+        return output
+
+    def failed(self, module: nn.Module) -> None:
+        if self._alone:
+            self._alone -= 1
+            self.engine.lock.release()
 
 
 class UnitHook(EngineHook):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -62,6 +62,11 @@ def choose_residents(anatomy: Anatomy, policy: OffloadPolicy) -> frozenset[int]:
         return frozenset()
     sizes = [slab.lay_out(part.tensors).nbytes for part in anatomy.parts]
     return frozenset(planner.choose_residents(sizes, policy.ratio))
+
+
+def owners_in(components: Iterable[Component]) -> dict[int, Component]:
+    """Which component owns a tensor, by the tensor's id."""
+    return {id(t): each for each in components for unit in each.units for t in unit.weights.tensors}
 
 
 def build_component(

@@ -1,5 +1,6 @@
 """Enable and disable are inverse, failures leave nothing behind, and nothing is kept alive."""
 
+import copy
 import gc
 import weakref
 
@@ -275,3 +276,85 @@ def test_a_block_that_holds_a_shared_parameter_still_streams():
     assert torch.equal(net(x), expected)
     assert handle.report().uses == 5
     assert handle.report().resident_bytes == 0
+
+
+def fails_in_a_block(pipe):
+    def fail(*_):
+        raise Boom
+
+    hook = pipe.transformer.transformer_blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(Boom):
+        run(pipe, "flux")
+    hook.remove()
+
+
+def fails_in_a_callback(pipe):
+    def fail(*_):
+        raise Boom
+
+    with pytest.raises(Boom):
+        run(pipe, "flux", callback_on_step_end=fail)
+
+
+def fails_to_exchange(pipe):
+    with pytest.raises(ValueError, match="meta"):
+        pipe.transformer = build("flux").transformer.to("meta")
+
+
+def fails_while_suspended(pipe):
+    with pytest.raises(RuntimeError, match="meta"), pipe.block_offload.suspended():
+        pipe.transformer.proj_out.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
+
+
+def fails_to_copy(pipe):
+    with pytest.raises(TypeError):
+        copy.deepcopy(pipe)
+
+
+def exchanges(pipe):
+    pipe.transformer = build("flux").transformer
+    pipe.vae = None
+
+
+def suspends(pipe):
+    with pipe.block_offload.suspended():
+        pipe.transformer.fuse_qkv_projections()
+
+
+def enables_twice(pipe):
+    pipe.enable_block_offload(device="cpu", offload_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        fails_in_a_block,
+        fails_in_a_callback,
+        fails_to_exchange,
+        fails_while_suspended,
+        fails_to_copy,
+        exchanges,
+        suspends,
+        enables_twice,
+    ],
+    ids=lambda event: event.__name__,
+)
+@pytest.mark.parametrize("how", ["deleted", "disabled"])
+def test_nothing_is_kept_alive_whatever_happened(event, how):
+    pipe = build("flux")
+    pipe.enable_block_offload(device="cpu")
+    run(pipe, "flux")
+    gone = [weakref.ref(module) for module in modules_of(pipe).values()]
+    gone += [weakref.ref(pipe.block_offload), weakref.ref(pipe.block_offload._engine), weakref.ref(pipe)]
+    gone += [weakref.ref(p) for module in modules_of(pipe).values() for p in module.parameters()]
+    event(pipe)
+    gone += [weakref.ref(module) for module in modules_of(pipe).values()]
+    if how == "disabled":
+        engine = weakref.ref(pipe.block_offload._engine)
+        pipe.disable_block_offload()
+        gc.collect()
+        assert engine() is None
+    del pipe
+    gc.collect()
+    assert not [reference() for reference in gone if reference() is not None]
+    assert not live_handles()

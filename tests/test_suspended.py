@@ -34,7 +34,7 @@ def replaced_modules(pipe):
     torch.manual_seed(3)
     for block in (pipe.transformer.transformer_blocks[0], pipe.transformer.single_transformer_blocks[-1]):
         old = block.attn.to_q
-        block.attn.to_q = torch.nn.Linear(old.in_features, old.out_features, device=old.weight.device)
+        block.attn.to_q = torch.nn.Linear(old.in_features, old.out_features).to(old.weight.device)
     pipe.transformer.proj_out.weight = torch.nn.Parameter(pipe.transformer.proj_out.weight.detach() * 2)
 
 

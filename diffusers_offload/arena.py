@@ -51,9 +51,9 @@ class Arena:
         return [other for other in self.lying if start < other.end and other.home < end and other is not unit]
 
 
-def capacity_for(sizes: Sequence[int]) -> int:
-    """Bytes that any two units fit in at once, whatever order they turn out to run in."""
-    return sum(align(size) for size in sorted(sizes)[-2:])
+def capacity_for(sizes: Sequence[int], slots: int = 2) -> int:
+    """Bytes that any `slots` units fit in at once, whatever order they turn out to run in."""
+    return sum(align(size) for size in sorted(sizes)[-slots:])
 
 
 def overlap(a: int, a_size: int, b: int, b_size: int) -> bool:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .component import Component, Unit
     from .streams import Streams
 
+_TIGHTEN = 0.8  # of the bound, once the device has run out of memory below it
 _RESERVE = 0.01  # of the bound: kept buffers are rounded up by the allocator
 
 
@@ -61,6 +62,10 @@ class DeviceBudget:
         need = max(self._streams.peak() - component.kept_bytes - self._others, weights)
         self._needs[key] = max(self._needs.get(key, 0), need)
         return self._choose(component)
+
+    def tighten(self) -> None:
+        """The bound was too high: the device has less memory to give than was thought."""
+        self.limit = int(self.limit * _TIGHTEN)
 
     def forget(self, component: Component) -> None:
         """The component is here no longer."""

@@ -54,6 +54,8 @@ class Engine:
         self._turns = Turns()
         self._using: list[Unit] = []  # whose forwards are under way, innermost last
         self.lock = RLock()  # held by one thread for a forward, a unit's use or a call of the pipeline
+        self._random: Any = None  # the generators' state when the outermost forward began
+        self._slots = 2  # how many of the largest units the arena holds at once
         self.suspended: set[torch.nn.Module] = set()  # components that are being edited, and must not run
 
     # --- taking components in, and giving them back ---------------------------------------------------
@@ -214,6 +216,7 @@ class Engine:
             caller = self.streams.current()
             self.streams.compute.wait_stream(caller)
             self._outside = (caller, self.streams.switch(self.streams.compute), len(self._using))
+            self._random = self.streams.random_state()
         else:
             self.lock.release()
         self._stack.append(component)
@@ -413,6 +416,8 @@ class Engine:
 
     def _may_float(self, unit: Unit, ahead: set[int]) -> bool:
         """Whether another floating unit may be loaded; those that wait although they come later make room."""
+        if self._slots == 1:
+            return False
         for _ in range(2):
             waiting = [each for each in self._afloat if not each.keeps]
             if not waiting or sum(each.nbytes for each in waiting) + unit.nbytes <= self._may_wait:
@@ -589,13 +594,39 @@ class Engine:
         """An arena of the size that the units need, and a home for each."""
         if not self.units:
             return
-        needed = max(capacity_for([unit.nbytes for unit in c.homed]) for c in self.components)
+        sizes = [[unit.nbytes for unit in component.homed] for component in self.components]
+        needed = max(capacity_for(each, self._slots) for each in sizes)
         if needed != self.arena.capacity:
             self._clear(self.units)
             self.arena.buffer = None
             self.arena.buffer = self._transfers.allocate(needed)
         for component in self.components:
             self._assign_homes(component, component.order)
+
+    # --- when memory is short -------------------------------------------------------------------------
+
+    def drop_kept(self, running: Component) -> bool:
+        """Nothing is on the device that `running` does not need, but for residents; returns what that changed."""
+        others = [c for c in self.components if c.present and not c.depth and c is not running]
+        kept = [c for c in self.components if any(unit.keeps for unit in c.streamed)]
+        self._leave(others)
+        for component in kept:
+            self.keep(component, set())
+        if kept and self.budget is not None:
+            self.budget.tighten()
+        return bool(others or kept)
+
+    def shrink_arena(self) -> bool:
+        """From now on nothing is loaded before the unit before it is done; returns whether that is new."""
+        if self._slots == 1 or not self.units:
+            return False
+        self._slots = 1
+        self._fit_arena()
+        return True
+
+    def restore_random(self) -> None:
+        """The generators are as they were when the last forward began."""
+        self.streams.restore_random(self._random)
 
     # --- bytes on the device --------------------------------------------------------------------------
 

@@ -103,6 +103,7 @@ class OffloadHandle:
             loads=counters.loads,
             bytes_loaded=counters.bytes_loaded,
             write_backs=counters.write_backs,
+            shortages=counters.shortages,
             transfer_ms=transfer,
             stall_ms=stall,
             host_bytes=sum(host.bytes.numel() for host in hosts),

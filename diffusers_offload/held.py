@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import hooks, refusals
+from . import hooks, recovery, refusals
 from .component import Component
 from .engine import Engine
 from .log import logger
@@ -33,6 +33,7 @@ class Held:
         self.engine = engine
         self.owners: set[OffloadHandle] = set()
         self._hooks: list[tuple[nn.Module, hooks.EngineHook]] = []
+        self._shadowed: dict[str, Any] = {}  # methods of the module that ours stand in for
         self._former: list[OffloadHandle] = []  # who wanted it there when its hook was taken off
 
     def attach(self) -> None:
@@ -52,11 +53,16 @@ class Held:
         for part in holders:
             if id(part) not in taken:
                 self._add(part, hooks.StemHook(self.engine, self.component))
-        self.module.to = self._guarded_to()
+        self._shadowed = {"to": self._guarded_to()}
+        for name in hooks.entries(self.module):
+            self._shadowed[name] = self._hooks[0][1].entry(self.module, getattr(self.module, name))
+        self.module.__dict__.update(self._shadowed)
         self._tensors = {id(tensor) for tensor in tensors_of(self.module)}
 
     def _detach_inside(self) -> None:
-        self.module.__dict__.pop("to", None)
+        for name in self._shadowed:
+            self.module.__dict__.pop(name, None)
+        self._shadowed = {}
         inside, self._hooks = self._hooks[1:], self._hooks[:1]
         for module, hook in inside:
             hook.retired = True
@@ -106,6 +112,39 @@ class Held:
                 if self.component in engine.components:  # not given back meanwhile
                     self.component.checked = False
                     self.check()
+
+    def recover(self, error: BaseException) -> bool:
+        """Whether the forward that ended with `error` can be run again: something has been done about it."""
+        engine, name = self.engine, self.component.name
+        if recovery.remembers(self.module):
+            return False
+        if recovery.missed_a_weight(error, self.component, engine.device):
+            self.component.known = False  # so that the next forward is watched
+        elif recovery.is_out_of_memory(error) and self._make_room():
+            engine.counters.shortages += 1
+            logger.warning("%s: out of device memory; run again with less of the weights there", name)
+        else:
+            return False
+        engine.restore_random()
+        return True
+
+    def _make_room(self) -> bool:
+        """Let go of what need not be on the device: kept blocks, then residents, then what is loaded ahead."""
+        made = self.engine.drop_kept(self.component)
+        if not made:
+            for held in {held for handle in self.owners for held in handle.holds.values()}:
+                made |= held.stream_residents()
+        made = made or self.engine.shrink_arena()
+        self.engine.streams.empty_cache()
+        return made
+
+    def stream_residents(self) -> bool:
+        """Units that stay on the device stream from now on; returns whether there were any."""
+        if not self.component.residents or self.component.depth:
+            return False
+        self.target = self.target.streaming()
+        self.renew()
+        return True
 
     def renew(self) -> None:
         """Take the component apart anew, with the tensors that it holds now and what was seen of their use."""

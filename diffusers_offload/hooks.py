@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
@@ -11,9 +11,11 @@ from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remo
 from accelerate.utils import send_to_device
 from torch import nn
 
-from . import guards
+from . import guards, recovery
 from .component import Component, State, Unit
 from .engine import Engine
+
+_MARKER = "diffusers.utils.accelerate_utils"  # where the decorator's wrapper is from
 
 
 class Holder(Protocol):
@@ -24,6 +26,8 @@ class Holder(Protocol):
     def take_back(self, hook: ComponentHook) -> None: ...
 
     def check(self) -> None: ...
+
+    def recover(self, error: BaseException) -> bool: ...
 
 
 class EngineHook(ModelHook):
@@ -44,8 +48,16 @@ class EngineHook(ModelHook):
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Wrap the forward that accelerate is about to call, so that a failure is heard of."""
         forward = module._old_forward
+        guarded = functools.wraps(forward)(self.guarded(module, forward))
+        guarded.unguarded = forward
+        guarded.guard = self
+        module._old_forward = guarded
+        guards.refuse_copies(module)
+        return module
 
-        @functools.wraps(forward)
+    def guarded(self, module: nn.Module, forward: Callable) -> Callable:
+        """`forward`, but a failure is heard of."""
+
         def guarded(*args: Any, **kwargs: Any) -> Any:
             try:
                 return forward(*args, **kwargs)
@@ -53,11 +65,7 @@ class EngineHook(ModelHook):
                 self.failed(module)
                 raise
 
-        guarded.unguarded = forward
-        guarded.guard = self
-        module._old_forward = guarded
-        guards.refuse_copies(module)
-        return module
+        return guarded
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         forward = module.__dict__.get("_old_forward")
@@ -112,10 +120,11 @@ class ComponentHook(EngineHook):
         with self.engine.lock:  # a second thread waits here until the first one's call, or forward, is over
             if not self.component.checked and not self.engine.busy:
                 self.held.check()
-            # `encode` and `decode` of a VAE call this without arguments and never call `post_forward`.
+            # Diffusers calls this without arguments for methods that use the component past its forward, and
+            # never calls `post_forward`. Those of an autoencoder we guard ourselves (`entry`).
             args, kwargs = self.send(module, args, kwargs)
             if args or kwargs:
-                self.engine.enter(self.component, _shapes(args, kwargs) if self.engine.budget else ())
+                self._enter(args, kwargs)
             else:
                 self.engine.touch(self.component)
         return args, kwargs
@@ -124,10 +133,43 @@ class ComponentHook(EngineHook):
         self.engine.leave(self.component)
         return output
 
-    def failed(self, module: nn.Module) -> None:
-        self.engine.leave(self.component, completed=False)
-        if not self.engine.busy:
-            self.engine.call_ended()  # nobody else is going to say so
+    def guarded(self, module: nn.Module, forward: Callable) -> Callable:
+        """`forward`, run again where that helps."""
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            return self._persist(lambda: forward(*args, **kwargs), lambda: self._enter(args, kwargs))
+
+        return guarded
+
+    def entry(self, module: nn.Module, method: Callable) -> Callable:
+        """A method that uses the component past its forward, treated as its forward is."""
+        guarded = self.guarded(module, method)
+
+        @functools.wraps(method)
+        def entry(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = self.pre_forward(module, *args, **kwargs)
+            return self.post_forward(module, guarded(*args, **kwargs))
+
+        return entry
+
+    def _enter(self, args: tuple, kwargs: dict) -> None:
+        shapes = _shapes(args, kwargs) if self.engine.budget else ()
+        self._persist(lambda: self.engine.enter(self.component, shapes), lambda: None)
+
+    def _persist(self, run: Callable[[], Any], before_again: Callable[[], None]) -> Any:
+        """`run`; if it fails and that can be helped, help it and run again."""
+        while True:
+            try:
+                return run()
+            except BaseException as error:
+                self.engine.leave(self.component, completed=False)
+                failure = error
+            recovery.let_go_of_tensors(failure)
+            if self.engine.busy or not self.held.recover(failure):
+                if not self.engine.busy:
+                    self.engine.call_ended()  # nobody else is going to say so
+                raise failure
+            before_again()
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Give the component its weights back, where they came from."""
@@ -290,3 +332,14 @@ def detach(module: nn.Module, hook: EngineHook) -> None:
             present.hooks = rest
     else:
         hook.detach_hook(module)
+
+
+def entries(module: nn.Module) -> list[str]:
+    """The methods that use `module` past its forward, as Diffusers marks them (`apply_forward_hook`)."""
+    marked = (
+        name
+        for kind in type(module).__mro__
+        for name, method in vars(kind).items()
+        if getattr(method, "__globals__", {}).get("__name__") == _MARKER
+    )
+    return list(dict.fromkeys(marked))

@@ -22,6 +22,7 @@ class Report:
         misses: those whose load had not been queued before (the first pass has some).
         loads: units and stems copied to the device; `bytes_loaded` in bytes.
         write_backs: tensors copied to the host because a forward wrote to them.
+        shortages: forwards that ran out of device memory and were run again with less of it.
         transfer_ms: device time of the copies that were timed (`measured()`), None if none were.
         stall_ms: device time that units waited for their copy, None likewise.
         host_bytes: bytes of host memory that hold weights; `pinned_bytes` of them are pinned.
@@ -36,6 +37,7 @@ class Report:
     loads: int
     bytes_loaded: int
     write_backs: int
+    shortages: int
     transfer_ms: float | None
     stall_ms: float | None
     host_bytes: int
@@ -58,6 +60,7 @@ class Report:
             ("misses", f"{self.misses}"),
             ("moved to the device", f"{size_text(self.bytes_loaded)} in {self.loads} loads"),
             ("written back", f"{self.write_backs} tensors"),
+            *([("out of memory, run again", f"{self.shortages}")] if self.shortages else []),
             ("host memory", f"{size_text(self.host_bytes)} ({size_text(self.pinned_bytes)} pinned)"),
             ("peak device memory", size_text(self.peak_bytes) if self.peak_bytes else "not counted"),
             ("arena", size_text(self.arena_bytes)),
@@ -107,6 +110,7 @@ class Counters:
     loads: int = 0
     bytes_loaded: int = 0
     write_backs: int = 0
+    shortages: int = 0
     timing: bool = False
     streams: Streams | None = None
     _copies: list[tuple[Any, Any]] = field(default_factory=list)  # (copy begins, copy ends)
@@ -115,7 +119,7 @@ class Counters:
 
     def reset(self) -> None:
         """Count from zero again."""
-        for counted in ("forwards", "uses", "misses", "loads", "bytes_loaded", "write_backs"):
+        for counted in ("forwards", "uses", "misses", "loads", "bytes_loaded", "write_backs", "shortages"):
             setattr(self, counted, 0)
         for timed in (self._copies, self._waits, self._ends):
             timed.clear()

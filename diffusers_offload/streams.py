@@ -76,6 +76,14 @@ class DeviceStreams:
         """Bytes of tensors on the device now, whoever they belong to."""
         return self._module.memory_allocated(self.device)
 
+    def random_state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state of the generators that a forward may draw from."""
+        return torch.get_rng_state(), self._module.get_rng_state(self.device)
+
+    def restore_random(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
+        torch.set_rng_state(state[0])
+        self._module.set_rng_state(state[1], self.device)
+
     def forget_workspaces(self) -> None:
         """Free what cuBLAS keeps for each stream that it ran on; it comes back when needed."""
         if self.device.type == "cuda":
@@ -134,6 +142,12 @@ class InlineStreams:
 
     def allocated(self) -> int:
         return 0
+
+    def random_state(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def restore_random(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
 
     def forget_workspaces(self) -> None: ...
 

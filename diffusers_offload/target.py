@@ -55,6 +55,15 @@ class Target:
         )
         return replace(self, anatomy=anatomy, residents=residents, findings=findings)
 
+    def streaming(self) -> Target:
+        """The same component, with nothing that stays on the device."""
+        policy = self.policy
+        if not policy.streams:
+            policy = OffloadPolicy("block" if self.anatomy.parts else "model")
+        return replace(
+            self, policy=replace(policy, ratio=1.0) if policy.streams else policy, residents=frozenset()
+        )
+
 
 def choose_residents(anatomy: Anatomy, policy: OffloadPolicy) -> frozenset[int]:
     """Which parts stay on the device under `policy`, by index."""

@@ -1,21 +1,70 @@
-"""A bound on the device's peak memory: measure what a forward needs, keep blocks in what is left.
+"""A bound on the device's peak memory: measure what a forward needs, keep units in what is left.
 
-What a component's activations take is not known before it has run, so its first forwards run with nothing
-kept. A component that runs once a call (a text encoder) gains nothing from keeping and is left alone.
+What a component's activations take is not known before it has run with inputs of these shapes, so its first
+forward runs with nothing kept; the second is timed, and then the choice is made that is predicted to be the
+fastest (`selection`). A component that runs once a call (a text encoder) gains nothing from keeping and is
+left alone.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .planner import choose_kept
+from .arena import LOOKAHEAD
+from .planner import choose_kept, estimate_activations
+from .selection import choose_stay
+from .stopwatch import Stopwatch
+from .timeline import Forecast, Work, place, simulate
 
 if TYPE_CHECKING:
     from .component import Component, Unit
     from .streams import Streams
 
-_TIGHTEN = 0.8  # of the bound, once the device has run out of memory below it
 _RESERVE = 0.01  # of the bound: kept buffers are rounded up by the allocator
+_TIGHTEN = 0.8  # of the bound, once the device has run out of memory below it
+_EXTRA_SLOTS = 2  # units that the arena may hold besides two, where that is worth more than keeping them
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to do with the memory that a component leaves.
+
+    Attributes:
+        kept: units to keep while the component is present.
+        slack: bytes that the arena gets besides.
+    """
+
+    kept: frozenset[Unit] = frozenset()
+    slack: int = 0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a component's forward is predicted to take, for the inputs that it had last.
+
+    Attributes:
+        seconds: of one forward when they follow one another.
+        peak_bytes: on the device, activations included.
+        kept_bytes: of weights that stay meanwhile; `streamed_bytes` those that are copied each time.
+    """
+
+    seconds: float
+    peak_bytes: int
+    kept_bytes: int
+    streamed_bytes: int
+
+
+@dataclass
+class _Known:
+    """What was measured of a component's forward with inputs of some shapes."""
+
+    need: int  # peak bytes, less what is kept, the arena's slack and others'
+    work: Work | None = None
+    rate: float | None = None
+    choice: Choice = field(default_factory=Choice)
+    room: int = -1  # that the choice was made for
+    forecast: Forecast | None = None
 
 
 class DeviceBudget:
@@ -25,43 +74,90 @@ class DeviceBudget:
     until it has been measured. Measuring resets the device's peak statistics.
 
     Args:
-        limit: bytes that tensors on the device may take at most, activations included.
+        limit: bytes on the device at most, activations included, and what the allocator holds besides.
         streams: the device's streams, which measure its memory.
     """
 
     def __init__(self, limit: int, streams: Streams) -> None:
         self.limit = limit
-        self._streams = streams
-        self._needs: dict[tuple[Component, tuple], int] = {}  # peak bytes, less what is kept and others'
-        self._others = 0
         self.seen = 0  # the highest peak so far, which measuring would otherwise lose
+        self._streams = streams
+        self._known: dict[tuple[Component, tuple], _Known] = {}
         self._shapes: dict[Component, tuple] = {}
+        self._others = 0  # bytes on the device that are neither weights of ours nor the forward's
+        self._others_reserved = 0
+        self.stopwatch: Stopwatch | None = None  # of the forward under way, if it is timed
 
-    def begin(self, component: Component, shapes: tuple, weights: int) -> set[Unit]:
+    def begin(self, component: Component, shapes: tuple, weights: int) -> Choice:
         """What `component` may keep in the forward that begins with inputs of these shapes.
 
         Args:
             weights: bytes of its weights, and the arena's, on the device now; what else is there is others'.
         """
+        streams = self._streams
         self._shapes[component] = shapes
-        self._others = max(0, self._streams.allocated() - weights)
-        self.seen = max(self.seen, self._streams.peak())
-        self._streams.begin_peak()
+        known = self._known.get((component, shapes))
+        self.seen = max(self.seen, streams.peak())
+        if known is None:
+            streams.empty_cache()  # what lies there unused would count as needed
+        self._others = max(0, streams.allocated() - weights)
+        self._others_reserved = max(self._others, streams.reserved() - weights)
+        streams.begin_peak()
+        timed = known is not None and known.work is None and streams.asynchronous and component.streamed
+        self.stopwatch = Stopwatch(streams) if timed else None
         return self._choose(component)
 
-    def end(self, component: Component, weights: int) -> set[Unit]:
+    def end(self, component: Component, weights: int, slack: int) -> Choice:
         """What `component` may keep from now on, its forward being over.
 
         Args:
             weights: bytes of weights that were on the device for it anyway.
+            slack: bytes of the arena that it could do without.
         """
         component.runs += 1
         if component not in self._shapes:  # another component keeps blocks while this one runs
-            return set()
+            return Choice()
         key = component, self._shapes[component]
-        need = max(self._streams.peak() - component.kept_bytes - self._others, weights)
-        self._needs[key] = max(self._needs.get(key, 0), need)
+        known = self._known.get(key)
+        kept = component.kept_bytes + slack
+        need = max(self._streams.peak() - self._others, weights) - kept
+        if known is None:
+            need = max(need, self._streams.peak_reserved() - self._others_reserved - kept)
+            known = self._known[key] = _Known(need)
+        known.need = max(known.need, need)
+        watch, self.stopwatch = self.stopwatch, None
+        if watch is not None:
+            watch.stop()
+            read = watch.read(component.streamed)
+            if read is not None:
+                known.work, known.rate = read
+                known.room = -1
         return self._choose(component)
+
+    def exceeded_by(self, component: Component) -> bool:
+        """Whether `component` was seen to need more than the bound, with nothing kept."""
+        known = self._known.get((component, self._shapes.get(component)))
+        return known is not None and known.need + self._others > self.limit
+
+    def may_be_exceeded_by(self, component: Component, shapes: tuple, weights: int) -> bool:
+        """Whether that is to be feared of a forward that has not run yet."""
+        if (component, shapes) in self._known:
+            return False
+        matrices = [t for unit in component.units for t in unit.weights.tensors if t.dim() > 1]
+        return weights + estimate_activations(shapes, matrices) > self.limit
+
+    def predict(self, component: Component) -> Prediction | None:
+        """What its next forward is predicted to take, None if that is not known yet."""
+        known = self._known.get((component, self._shapes.get(component)))
+        if known is None or known.forecast is None:
+            return None
+        kept = sum(unit.nbytes for unit in known.choice.kept)
+        return Prediction(
+            seconds=known.forecast.step,
+            peak_bytes=known.need + self._others + kept + known.choice.slack,
+            kept_bytes=kept,
+            streamed_bytes=sum(unit.nbytes for unit in component.streamed) - kept,
+        )
 
     def tighten(self) -> None:
         """The bound was too high: the device has less memory to give than was thought."""
@@ -69,14 +165,40 @@ class DeviceBudget:
 
     def forget(self, component: Component) -> None:
         """The component is here no longer."""
-        self._needs = {key: need for key, need in self._needs.items() if key[0] is not component}
+        self._known = {key: known for key, known in self._known.items() if key[0] is not component}
         self._shapes.pop(component, None)
 
-    def _choose(self, component: Component) -> set[Unit]:
-        need = self._needs.get((component, self._shapes.get(component)))
+    def _choose(self, component: Component) -> Choice:
+        known = self._known.get((component, self._shapes.get(component)))
         repeats = component.runs > 1 or any(unit.keeps for unit in component.streamed)
-        if need is None or not repeats:
-            return set()
-        sizes = [unit.nbytes for unit in component.streamed]
-        chosen = choose_kept(sizes, int(self.limit * (1 - _RESERVE)) - need - self._others)
-        return {component.streamed[i] for i in chosen}
+        if known is None or not repeats:
+            return Choice()
+        room = max(0, int(self.limit * (1 - _RESERVE)) - known.need - self._others)
+        if not known.room * 0.98 <= room <= known.room * 1.02:  # what others have there may vary a little
+            known.room = room
+            known.choice, known.forecast = _best(component, room, known.work, known.rate)
+        return known.choice
+
+
+def _best(
+    component: Component, room: int, work: Work | None, rate: float | None
+) -> tuple[Choice, Forecast | None]:
+    """The fastest use of `room` bytes: units to keep, or a larger arena."""
+    units = component.streamed
+    sizes = [unit.nbytes for unit in units]
+    if work is None or rate is None:
+        return Choice(frozenset(units[i] for i in choose_kept(sizes, room))), None
+    floats = bool(units) and units[0].floats
+    lookahead = LOOKAHEAD if floats else None
+    base = component.arena_bytes
+    best: tuple[Choice, Forecast] | None = None
+    for slots in range(1 if floats else _EXTRA_SLOTS + 1):
+        slack = slots * max(sizes)
+        if slack > room:
+            break
+        stay = choose_stay(work, room - slack, base + slack, rate, lookahead=lookahead)
+        homes = [] if floats else place(work, stay, base + slack)
+        forecast = simulate(work, stay, homes, rate, lookahead=lookahead)
+        if best is None or forecast.step < best[1].step * 0.99:  # a smaller arena, unless it costs
+            best = Choice(frozenset(units[i] for i in stay), slack), forecast
+    return best

@@ -9,7 +9,7 @@ Deciding is done elsewhere (`order`, `arena`, `budget`, `turns`), copying in `tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from threading import RLock
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .arena import LOOKAHEAD, Arena, capacity_for
-from .budget import DeviceBudget
+from .budget import Choice, DeviceBudget
 from .component import WAITING, Component, State, Stray, Unit
 from .order import Order
 from .report import Counters
@@ -55,6 +55,7 @@ class Engine:
         self._using: list[Unit] = []  # whose forwards are under way, innermost last
         self.lock = RLock()  # held by one thread for a forward, a unit's use or a call of the pipeline
         self._random: Any = None  # the generators' state when the outermost forward began
+        self._slack = 0  # bytes of the arena besides
         self._slots = 2  # how many of the largest units the arena holds at once
         self.suspended: set[torch.nn.Module] = set()  # components that are being edited, and must not run
 
@@ -225,8 +226,10 @@ class Engine:
             self._bring(component)
             if self.budget is not None and outermost:
                 others_keep = any(c.kept_bytes for c in self.components if c is not component)
-                own = self._standing_bytes(component) + component.kept_bytes
-                self.keep(component, set() if others_keep else self.budget.begin(component, shapes, own))
+                own = self.standing_bytes(component) + component.kept_bytes
+                choice = Choice() if others_keep else self.budget.begin(component, shapes, own)
+                self._transfers.stopwatch = self.budget.stopwatch
+                self.follow(component, choice)
             if component.depth == 1:
                 self._notice_edits(component.streamed)
                 component.trace = []
@@ -260,8 +263,8 @@ class Engine:
             if component.depth == 0 and component.trace:
                 self._learn(component)
             if self.budget is not None and not self._stack:
-                weights = self.weights_on_device() - component.kept_bytes
-                self.keep(component, self.budget.end(component, weights))
+                self._transfers.stopwatch = None
+                self.follow(component, self.budget.end(component, self.weights_on_device(), self._slack))
         finally:
             if not self._stack:
                 caller, before, using = self._outside
@@ -284,9 +287,21 @@ class Engine:
             if not component.depth:
                 self._bring(component)
 
-    def keep(self, component: Component, kept: set[Unit]) -> None:
+    def follow(self, component: Component, choice: Choice) -> None:
+        """Use the memory that `component` leaves as the budget has chosen."""
+        if choice.slack != self._slack:
+            self._slack = choice.slack
+            for unit in component.streamed:
+                unit.keeps = unit in choice.kept
+                if unit.borrows and not unit.keeps:
+                    self._drop(unit)
+            self._fit_arena()
+            self.streams.empty_cache()
+        self.keep(component, choice.kept)
+
+    def keep(self, component: Component, kept: Collection[Unit]) -> None:
         """Of the units that stream, let these stay until the component leaves, and no others."""
-        if kept == {unit for unit in component.streamed if unit.keeps}:
+        if set(kept) == {unit for unit in component.streamed if unit.keeps}:
             return
         for unit in component.streamed:
             unit.keeps = unit in kept
@@ -353,7 +368,12 @@ class Engine:
             self._load(unit, self.arena.overwritten_by(unit), stream)
         if self.counters.timing:
             self.counters.arrive(unit, stream)
+        watch = self._transfers.stopwatch
+        if watch is not None:
+            watch.arrives(unit, stream)
         stream.wait_event(unit.ready)
+        if watch is not None:
+            watch.starts(unit, stream)
         unit.weights.bind()
         if unit.floats and unit.state is State.LOADING:
             self._afloat.remove(unit)
@@ -505,6 +525,8 @@ class Engine:
     def _retire(self, unit: Unit, stream: Any) -> None:
         """The unit's use is over: what it reads is the host's again, its bytes may be overwritten."""
         unit.done.record(stream)
+        if self._transfers.stopwatch is not None:
+            self._transfers.stopwatch.ends(unit, stream)
         changed = unit.weights.unbind()
         unit.used = True
         unit.state = State.READY
@@ -545,7 +567,7 @@ class Engine:
 
     def _may_stay(self, present: Component, coming: Component) -> bool:
         """Whether the stem of `present` stays while `coming` runs."""
-        together = self._standing_bytes(coming) + present.stem_bytes
+        together = self.standing_bytes(coming) + present.stem_bytes
         fits = self.budget is None or together <= self.budget.limit
         return fits and self._turns.alternate(present, coming)
 
@@ -596,6 +618,7 @@ class Engine:
             return
         sizes = [[unit.nbytes for unit in component.homed] for component in self.components]
         needed = max(capacity_for(each, self._slots) for each in sizes)
+        needed += self._slack if self._slots > 1 else 0
         if needed != self.arena.capacity:
             self._clear(self.units)
             self.arena.buffer = None
@@ -637,7 +660,7 @@ class Engine:
         residents = sum(c.resident_bytes for c in self.components)
         return stems + own_buffers + residents + self.arena.capacity
 
-    def _standing_bytes(self, component: Component) -> int:
+    def standing_bytes(self, component: Component) -> int:
         """Weights on the device while `component` runs, but for what it keeps by way of the budget."""
         return sum(c.resident_bytes for c in self.components) + self.arena.capacity + component.stem_bytes
 

@@ -12,18 +12,17 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import guards, slab
-from .budget import DeviceBudget
+from . import guards
+from .budget import DeviceBudget, Prediction
 from .calls import calling, engines_of, exclusively
 from .component import Unit
 from .engine import Engine
 from .held import Held, find_held
-from .planner import ComponentPlan, Plan, UnitSize
+from .planner import ComponentPlan, Plan
 from .policy import Request
 from .report import GIB, Report
 from .streams import open_streams
-from .target import STEM_CHUNK, Target, build_component, owners_in
-from .units import chunks
+from .target import Target, build_component, make_plan, owners_in
 
 _PROGRESS_FROM = GIB  # bytes from which on moving takes long enough to show a progress bar
 
@@ -38,7 +37,8 @@ class OffloadHandle:
         plan: the `Plan`.
         device: where the components compute.
         request: what the call asked for; components that come later follow it, too.
-        max_device_memory: the bound in bytes, or None.
+        max_device_memory: the bound on the device's peak in bytes, the device's own if none was given; None
+            where nobody counts.
         following: what components get that its owner comes to have later (see `modular`); None if it has a
             fixed set of them.
     """
@@ -108,10 +108,17 @@ class OffloadHandle:
             stall_ms=stall,
             host_bytes=sum(host.bytes.numel() for host in hosts),
             pinned_bytes=sum(host.bytes.numel() for host in hosts if host.pinned),
+            predictions=self.predictions(),
             peak_bytes=max(budget.seen if budget else 0, self._engine.streams.peak()),
             arena_bytes=self._engine.arena.capacity,
             resident_bytes=sum(c.resident_bytes + c.kept_bytes for c in self._engine.components),
         )
+
+    def predictions(self) -> dict[str, Prediction]:
+        """What a forward of each component is predicted to take, where a budget has measured it."""
+        budget = self._engine.budget
+        found = {c.name: budget.predict(c) for c in self._engine.components} if budget is not None else {}
+        return {name: prediction for name, prediction in found.items() if prediction is not None}
 
     def reset(self) -> None:
         """Count from zero again."""
@@ -265,30 +272,3 @@ def held_policy(module: nn.Module) -> tuple[OffloadHandle, ComponentPlan] | None
             if handle._held.get(plan.name) is held:
                 return handle, plan
     return None
-
-
-def make_plan(targets: Sequence[Target], device: torch.device) -> Plan:
-    """What `targets` come to: sizes in bytes, one arena for all."""
-    plans = []
-    for target in targets:
-        sizes = [UnitSize(b.name, slab.lay_out(b.tensors).nbytes) for b in target.anatomy.parts]
-        stem = sum(slab.lay_out(group).nbytes for group in chunks(target.anatomy.stem, STEM_CHUNK))
-        stays = target.policy.granularity == "resident"
-        residents = [sizes[i] for i in sorted(target.residents)]
-        if stays:
-            residents = [UnitSize("stem", stem), *sizes]
-        elif target.policy.granularity == "model":
-            stem += sum(size.nbytes for size in sizes)
-        plans.append(
-            ComponentPlan(
-                name=target.name,
-                policy=target.policy,
-                streamed=tuple(size for i, size in enumerate(sizes) if i not in target.residents)
-                if target.policy.streams
-                else (),
-                residents=tuple(residents),
-                stem_bytes=0 if stays else stem,
-                note=target.note,
-            )
-        )
-    return Plan(str(device), tuple(plans))

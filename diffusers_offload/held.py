@@ -113,6 +113,24 @@ class Held:
                     self.component.checked = False
                     self.check()
 
+    def fit(self, shapes: tuple) -> None:
+        """Before a forward with inputs of these shapes: take smaller units if the budget is too small for these."""
+        budget, component, finer = self.engine.budget, self.component, self.target.finer()
+        if finer is None or not component.streamed:
+            return
+        weights = self.engine.standing_bytes(component)
+        feared = self.target.policy.granularity == "block" and budget.may_be_exceeded_by(
+            component, shapes, weights
+        )
+        if feared or budget.exceeded_by(component):
+            logger.info(
+                "%s: the memory bound is small for these inputs, so it streams in units of a %s",
+                component.name,
+                finer.policy.granularity,
+            )
+            self.target = finer
+            self.renew()
+
     def recover(self, error: BaseException) -> bool:
         """Whether the forward that ended with `error` can be run again: something has been done about it."""
         engine, name = self.engine, self.component.name

@@ -27,6 +27,8 @@ class Holder(Protocol):
 
     def check(self) -> None: ...
 
+    def fit(self, shapes: tuple) -> None: ...
+
     def recover(self, error: BaseException) -> bool: ...
 
 
@@ -124,6 +126,8 @@ class ComponentHook(EngineHook):
             # never calls `post_forward`. Those of an autoencoder we guard ourselves (`entry`).
             args, kwargs = self.send(module, args, kwargs)
             if args or kwargs:
+                if self.engine.budget is not None and not self.engine.busy:
+                    self.held.fit(_shapes(args, kwargs))
                 self._enter(args, kwargs)
             else:
                 self.engine.touch(self.component)

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import guards, planner
+from . import guards
 from .calls import engines_of, exclusively, guard_calls
-from .handle import OffloadHandle, held_policy, make_plan
+from .fitting import fit, limits_for
+from .handle import OffloadHandle, held_policy
 from .held import find_held
 from .log import logger
 from .policy import OffloadPolicy, Request, parse_bytes, parse_request
 from .refusals import refuse_device_map
 from .routing import follow, plan_targets
-from .streams import find_device
+from .streams import find_device, open_streams
+from .target import Target
 
 _HANDLE = "_block_offload_handle"
 
@@ -34,6 +36,7 @@ class BlockOffloadMixin:
         offload_granularity: str = "block",
         offload_ratio: float | None = None,
         max_device_memory: int | str | None = None,
+        max_host_memory: int | str | None = None,
         components: Mapping[str, str | OffloadPolicy] | None = None,
     ) -> None:
         """Stream the weights of this pipeline to the device block by block while it computes.
@@ -44,17 +47,23 @@ class BlockOffloadMixin:
             device: where to compute: "cuda", "npu", "xpu" (with an index if you like) or "cpu"; found by
                 itself if None.
             offload_granularity: policy of the components that `components` does not name: "block",
-                "model" or "resident". Under "block", an autoencoder, and whatever has no blocks, comes
-                and goes as a whole ("model").
-            offload_ratio: share of the bytes of each component's blocks that streams, 0.0 to 1.0; the
-                rest stays on the device. None is 1.0.
+                "phase", "leaf", "model" or "resident". Where it streams, an autoencoder, and whatever has no
+                blocks, comes and goes as a whole ("model"). If memory is too small for it, smaller units are
+                taken.
+            offload_ratio: share of the bytes of each component's units that streams, 0.0 to 1.0; the
+                rest stays on the device. None leaves it to the planner: on an accelerator everything stays
+                if it fits, and otherwise what the forwards leave of the memory holds units. On the CPU
+                everything streams.
             max_device_memory: upper bound on the peak device memory, activations included, as "10GiB" or
-                in bytes. The first forwards measure what activations take; what is left holds blocks of
-                the component that runs. None: no more is kept than the policies say.
+                in bytes. The first forwards with inputs of new shapes measure what activations take, and how
+                long computing and copying do; what is left holds units of the component that runs, chosen so
+                that a forward is predicted to be the shortest. None: what the device has free, where
+                `offload_ratio` is None.
+            max_host_memory: upper bound on the host memory that holds weights; more stays on the device.
             components: per component a word as above, or an `OffloadPolicy`.
 
         Raises:
-            ValueError: an argument is wrong, or the pipeline is offloaded by other means already.
+            ValueError: an argument is wrong, nothing fits, or the pipeline is offloaded by other means already.
             RuntimeError: the device is not there.
         """
         device = find_device(device)
@@ -64,14 +73,19 @@ class BlockOffloadMixin:
         refuse_device_map(self)
         before = self.block_offload
         leaving = [h for h in before.holds.values() if h.owners == {before}] if before is not None else []
-        targets = plan_targets(modules, request, device, leaving)
-        if limit is not None:
-            planner.check_budget(make_plan(targets, device), limit)
+        limits = limits_for(
+            open_streams(device), limit, parse_bytes("max_host_memory", max_host_memory), request.decides
+        )
+
+        def route(request: Request) -> list[Target]:
+            return plan_targets(modules, request, device, leaving)
+
+        request, targets = fit(route, request, limits, device)
         if before is not None:
             before.disable()
-            # Sizes stay, but the storages behind the tensors are new: take the modules apart again.
-            targets = plan_targets(modules, request, device)
-        handle = OffloadHandle(targets, device, request, limit)
+            leaving = []  # sizes stay, but the storages behind the tensors are new: take the modules apart again
+            request, targets = fit(route, request, limits, device)
+        handle = OffloadHandle(targets, device, request, limits.device)
         setattr(self, _HANDLE, handle)
         guard_calls(type(self))
         _announce(handle)
@@ -148,13 +162,14 @@ def enable_block_offload(
     offload_granularity: str = "block",
     offload_ratio: float | None = None,
     max_device_memory: int | str | None = None,
+    max_host_memory: int | str | None = None,
     name: str = "module",
 ) -> OffloadHandle:
     """Offload one module outside a pipeline.
 
     Args:
-        module: any module; for "block" it needs a `ModuleList` of blocks somewhere.
-        device, offload_granularity, offload_ratio, max_device_memory: as for a pipeline.
+        module: any module; for "block" and "phase" it needs a `ModuleList` of blocks somewhere.
+        device, offload_granularity, offload_ratio, max_device_memory, max_host_memory: as for a pipeline.
         name: what messages and the plan call it.
 
     Returns:
@@ -168,15 +183,19 @@ def enable_block_offload(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}")
     device = find_device(device)
-    policy = parse_request(offload_granularity, offload_ratio, None, (name,)).default
+    request = parse_request(offload_granularity, offload_ratio, None, (name,))
     if held_policy(module) is not None:
         raise ValueError(f"{name} is offloaded already: disable its handle first")
-    request = Request(policy, {name: policy})
-    targets = plan_targets({name: module}, request, device)
-    limit = parse_bytes("max_device_memory", max_device_memory)
-    if limit is not None:
-        planner.check_budget(make_plan(targets, device), limit)
-    handle = OffloadHandle(targets, device, request, limit)
+    limits = limits_for(
+        open_streams(device),
+        parse_bytes("max_device_memory", max_device_memory),
+        parse_bytes("max_host_memory", max_host_memory),
+        request.decides,
+    )
+    request, targets = fit(
+        lambda request: plan_targets({name: module}, request, device, asked={name}), request, limits, device
+    )
+    handle = OffloadHandle(targets, device, request, limits.device)
     _announce(handle)
     return handle
 

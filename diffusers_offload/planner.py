@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
+from typing import TYPE_CHECKING
 
 from . import arena
 from .policy import OffloadPolicy
 from .report import size_text, table
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -144,17 +149,45 @@ def keep_pace(sizes: Sequence[int], targets: Sequence[float]) -> set[int]:
     return units
 
 
-def check_budget(plan: Plan, limit: int) -> None:
-    """Raise ValueError if the weights that must be on the device at once exceed `limit` bytes."""
+def check_budget(plan: Plan, limit: int, given: bool = True) -> None:
+    """Raise ValueError if the weights that must be on the device at once exceed `limit` bytes.
+
+    Args:
+        given: the user set the limit; otherwise it is what the device has.
+    """
     if plan.device_bytes <= limit:
         return
-    parts = [f"{size_text(plan.arena_bytes)} for the arena (two blocks)"] if plan.arena_bytes else []
-    stem = max(plan.components, key=lambda component: component.stem_bytes)
-    if stem.stem_bytes:
-        parts.append(f"{size_text(stem.stem_bytes)} for what of {stem.name} does not stream")
+    parts = [f"{size_text(plan.arena_bytes)} for the arena (two units)"] if plan.arena_bytes else []
+    largest = max(plan.components, key=lambda component: component.stem_bytes + component.floating_bytes)
+    if largest.stem_bytes:
+        parts.append(f"{size_text(largest.stem_bytes)} for what of {largest.name} does not stream")
+    if largest.floating_bytes:
+        parts.append(
+            f"{size_text(largest.floating_bytes)} for the layers of {largest.name} in use and on their way"
+        )
     parts += [f"{size_text(c.resident_bytes)} that stay of {c.name}" for c in plan.components if c.residents]
+    bound = f"max_device_memory={limit}" if given else f"the {size_text(limit)} that {plan.device} has free"
     raise ValueError(
-        f"max_device_memory={limit} is {size_text(plan.device_bytes - limit)} too little for the weights alone: "
+        f"{bound} is {size_text(plan.device_bytes - limit)} too little for the weights alone: "
         f"they need {', '.join(parts)}. Give more, or stream more: the policy 'block' for that component, "
         "a larger offload_ratio, 'model' instead of 'resident'."
     )
+
+
+def estimate_activations(shapes: Sequence[Sequence[int]], matrices: Sequence[torch.Tensor]) -> int:
+    """Bytes that a forward's activations may take: a rough upper bound for transformers, before one has run.
+
+    FLUX and Wan were seen to hold about 3.5 times what their widest layer takes in and gives out. Where latents
+    are cut into patches, this counts each pixel as a token, and so too many.
+
+    Args:
+        shapes: of the tensors that the forward is given: (batch, tokens, channels) or (batch, channels, ...).
+        matrices: the weights, of which the widest counts.
+    """
+    tokens = sum(
+        shape[0] * shape[1] if len(shape) == 3 else prod(shape) // max(1, shape[1])
+        for shape in shapes
+        if len(shape) >= 3
+    )
+    widest = max(((t.shape[0] + t.shape[1]) * t.element_size() for t in matrices), default=0)
+    return 4 * tokens * widest

@@ -85,6 +85,7 @@ class Request:
 
     default: OffloadPolicy
     by_name: Mapping[str, OffloadPolicy]
+    decides: bool = False  # what of a component streams is left to us
 
     def policy_for(self, component: str) -> OffloadPolicy:
         return self.by_name.get(component, self.default)
@@ -132,7 +133,7 @@ def parse_request(
                 f"its components are {', '.join(map(repr, known)) or 'none'}"
             )
         by_name[name] = _parse_policy(name, wanted, ratio)
-    return Request(default, by_name)
+    return Request(default, by_name, decides=default.streams and offload_ratio is None)
 
 
 def _parse_policy(name: str, wanted: str | OffloadPolicy, ratio: float | None) -> OffloadPolicy:

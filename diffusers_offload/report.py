@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .budget import Prediction
     from .component import Unit
     from .streams import Streams
 
@@ -25,6 +27,7 @@ class Report:
         shortages: forwards that ran out of device memory and were run again with less of it.
         transfer_ms: device time of the copies that were timed (`measured()`), None if none were.
         stall_ms: device time that units waited for their copy, None likewise.
+        predictions: per component that a budget has measured, what a forward is predicted to take.
         host_bytes: bytes of host memory that hold weights; `pinned_bytes` of them are pinned.
         peak_bytes: most bytes of tensors on the device at once, as torch measures it (since its statistics
             were reset, or since enabling with `max_device_memory`, which resets them); 0 on the CPU.
@@ -42,6 +45,7 @@ class Report:
     stall_ms: float | None
     host_bytes: int
     pinned_bytes: int
+    predictions: Mapping[str, Prediction]
     peak_bytes: int
     arena_bytes: int
     resident_bytes: int
@@ -66,6 +70,13 @@ class Report:
             ("arena", size_text(self.arena_bytes)),
             ("resident", size_text(self.resident_bytes)),
         ]
+        for name, prediction in self.predictions.items():
+            rows.append(
+                (
+                    f"predicted for {name}",
+                    f"{prediction.seconds * 1e3:.1f} ms a forward, at most {size_text(prediction.peak_bytes)}",
+                )
+            )
         if self.hidden is not None:
             rows.append(
                 (

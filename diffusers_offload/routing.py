@@ -22,11 +22,13 @@ def plan_targets(
     request: Request,
     device: torch.device,
     leaving: Collection[Held] = (),
+    asked: Collection[str] = (),
 ) -> list[Target]:
     """Route a policy to every component. Only looks; raises what is wrong with the request.
 
     Args:
         leaving: what is going to get its weights back first.
+        asked: components that the user named, though not in the request: that nothing of one streams is an error.
     """
     targets: list[Target] = []
     without_blocks: list[str] = []
@@ -40,7 +42,7 @@ def plan_targets(
             targets.append(_shared_target(name, module, held, request, device))
             continue
         refusals.refuse_before(name, module, leaving)
-        target = _target(name, module, request)
+        target = _target(name, module, request, name in asked or name in request.by_name)
         if target.note and not _is_autoencoder(module):
             without_blocks.append(name)
         targets.append(target)
@@ -108,12 +110,11 @@ def _layers(module: nn.Module | None) -> tuple[nn.Module | None, ...]:
     return (module, getattr(module, "_orig_mod", module))
 
 
-def _target(name: str, module: nn.Module, request: Request) -> Target:
+def _target(name: str, module: nn.Module, request: Request, by_name: bool) -> Target:
     policy = request.policy_for(name)
     if not policy.streams:
         return Target(name, module, policy, dissect(module))
     anatomy = dissect(module, policy.granularity)
-    by_name = name in request.by_name
     if not anatomy.parts and by_name:
         raise ValueError(
             f"{name} ({type(module).__name__}) has no blocks that could be streamed: use 'model' or 'resident'"
@@ -121,7 +122,9 @@ def _target(name: str, module: nn.Module, request: Request) -> Target:
     if not anatomy.parts or (_is_autoencoder(module) and not by_name):
         note = "an autoencoder, run in tiles" if anatomy.parts else "no blocks found"
         return Target(name, module, OffloadPolicy("model"), anatomy, note=note)
-    return Target(name, module, policy, anatomy, choose_residents(anatomy, policy))
+    return Target(
+        name, module, policy, anatomy, choose_residents(anatomy, policy), flexible=name not in request.by_name
+    )
 
 
 def _shared_target(

@@ -64,6 +64,21 @@ class DeviceStreams:
         """Give freed device memory back, so that the next component finds it whatever stream it uses."""
         self._module.empty_cache()
 
+    def peak_reserved(self) -> int:
+        """The same with what the allocator holds for later."""
+        return self._module.max_memory_reserved(self.device)
+
+    def reserved(self) -> int:
+        """Bytes that the allocator holds now."""
+        return self._module.memory_reserved(self.device)
+
+    def available(self) -> int:
+        """Bytes of the device that this process may have: what it has already, and what is free."""
+        free, total = self._module.mem_get_info(self.device)
+        fraction = getattr(self._module, "get_per_process_memory_fraction", None)
+        share = int(fraction(self.device) * total) if fraction is not None else total
+        return min(free + self.reserved(), share)
+
     def begin_peak(self) -> None:
         """Measure the peak anew."""
         self._module.reset_peak_memory_stats(self.device)
@@ -141,6 +156,12 @@ class InlineStreams:
         return 0  # nobody counts; a budget then bounds the weights alone
 
     def allocated(self) -> int:
+        return 0
+
+    def peak_reserved(self) -> int:
+        return 0
+
+    def reserved(self) -> int:
         return 0
 
     def random_state(self) -> torch.Tensor:

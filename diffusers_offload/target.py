@@ -10,7 +10,8 @@ from torch import nn
 
 from . import planner, slab
 from .component import Component, Unit
-from .policy import OffloadPolicy
+from .planner import ComponentPlan, Plan, UnitSize
+from .policy import STREAMING, OffloadPolicy
 from .units import Anatomy, Findings, Part, chunks, dissect, tensors_of
 from .weights import Weights
 
@@ -25,6 +26,8 @@ class Target:
         residents: which of the anatomy's parts stay on the device, by index.
         blocks: what was given as its blocks; None if they are found.
         findings: what running it has shown.
+        stays: the stem stays as well.
+        flexible: its units may be made smaller where memory is short: the user did not name their size.
         note: why the policy is not what the call asked for, or "".
     """
 
@@ -35,7 +38,26 @@ class Target:
     residents: frozenset[int] = frozenset()
     blocks: tuple[nn.Module, ...] | None = None
     findings: Findings = field(default_factory=Findings)
+    stays: bool = False
+    flexible: bool = False
     note: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its weights."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(self.module))
+
+    def resident(self) -> Target:
+        """The same component with everything on the device, in units that may leave it if memory is short."""
+        everything = frozenset(range(len(self.anatomy.parts)))
+        return replace(self, residents=everything, stays=True, note="everything fits, so nothing streams")
+
+    def finer(self) -> Target | None:
+        """The same component in smaller units; None if there are none, or the user wants these."""
+        smaller = STREAMING[STREAMING.index(self.policy.granularity) + 1 :] if self.policy.streams else ()
+        if not self.flexible or not smaller:
+            return None
+        return replace(self, policy=replace(self.policy, granularity=smaller[0]))
 
     def renewed(self, component: Component | None = None) -> Target:
         """The same component with the tensors that it holds now, and with what its last forward taught.
@@ -114,9 +136,15 @@ def build_component(
     if target.policy.granularity == "resident":
         component.residents = pieces("resident", everything)
     elif target.policy.granularity == "model":
-        component.stem = pieces("stem", everything)
+        if target.stays:
+            component.residents = pieces("resident", everything)
+        else:
+            component.stem = pieces("stem", everything)
     else:
-        component.stem = pieces("stem", target.anatomy.stem)
+        if target.stays:
+            component.residents = pieces("resident", target.anatomy.stem)
+        else:
+            component.stem = pieces("stem", target.anatomy.stem)
         for index, part in enumerate(target.anatomy.parts):
             tensors = own(part.tensors)
             stays = index in target.residents
@@ -135,3 +163,30 @@ def _by_contents(component: Component) -> dict[tuple, Unit]:
         for unit in units
         if unit.weights.is_undisturbed()
     }
+
+
+def make_plan(targets: Sequence[Target], device: torch.device) -> Plan:
+    """What `targets` come to: sizes in bytes, one arena for all."""
+    plans = []
+    for target in targets:
+        sizes = [UnitSize(b.name, slab.lay_out(b.tensors).nbytes) for b in target.anatomy.parts]
+        stem = sum(slab.lay_out(group).nbytes for group in chunks(target.anatomy.stem, STEM_CHUNK))
+        stays = target.stays or target.policy.granularity == "resident"
+        residents = [sizes[i] for i in sorted(target.residents)]
+        if stays:
+            residents = [UnitSize("stem", stem), *sizes]
+        elif target.policy.granularity == "model":
+            stem += sum(size.nbytes for size in sizes)
+        plans.append(
+            ComponentPlan(
+                name=target.name,
+                policy=target.policy,
+                streamed=tuple(size for i, size in enumerate(sizes) if i not in target.residents)
+                if target.policy.streams
+                else (),
+                residents=tuple(residents),
+                stem_bytes=0 if stays else stem,
+                note=target.note,
+            )
+        )
+    return Plan(str(device), tuple(plans))

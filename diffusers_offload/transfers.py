@@ -14,6 +14,7 @@ import torch
 from .component import State, Unit
 from .report import Counters
 from .slab import ALIGNMENT
+from .stopwatch import Stopwatch
 from .streams import Streams
 from .tiers.pinned import PinnedTier
 from .weights import Weights
@@ -31,6 +32,7 @@ class Transfers:
         self.tier = PinnedTier(streams)
         self._streams = streams
         self._counters = counters
+        self.stopwatch: Stopwatch | None = None  # times what is loaded, while there is one
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Device memory (uint8) that belongs to the load stream.
@@ -58,9 +60,12 @@ class Transfers:
         try:
             if counters.timing:
                 counters.depart(streams.load)
+            began = self.stopwatch.departs(streams.load) if self.stopwatch is not None else None
             self.tier.load(unit.weights.host, buffer)
             unit.ready.record(streams.load)
             counters.loaded(unit, streams.load)
+            if began is not None:
+                self.stopwatch.copied(unit.nbytes, began, streams.load)
         finally:
             streams.restore(before)
         unit.state = State.LOADING

@@ -46,12 +46,53 @@ def test_sizes_as_accelerate_reads_them():
     assert parse_bytes("n", None) is None
 
 
-def test_a_budget_that_cannot_hold_two_blocks_is_refused():
+def test_a_budget_that_holds_no_units_at_all_is_refused():
     pipe = build("flux")
-    with pytest.raises(ValueError, match=r"max_device_memory=1000 is .* too little.*two blocks"):
+    with pytest.raises(
+        ValueError, match=r"max_device_memory=1000 is .* too little.*what of vae does not stream"
+    ):
         pipe.enable_block_offload(device="cpu", max_device_memory=1000)
     assert pipe.block_offload is None
     assert not hasattr(pipe.transformer, "_hf_hook")
+
+
+def test_where_blocks_do_not_fit_phases_and_leaves_are_taken():
+    pipe = build("wan")
+    expected = run(pipe, "wan")
+    taken = set()
+    needs = {}
+    for granularity in ("block", "phase", "leaf"):
+        pipe.enable_block_offload(device="cpu", offload_granularity=granularity, components={"vae": "leaf"})
+        needs[granularity] = pipe.block_offload.plan.device_bytes
+    assert needs["block"] > needs["phase"] > needs["leaf"]
+    for limit in needs.values():
+        pipe.enable_block_offload(device="cpu", max_device_memory=limit, components={"vae": "leaf"})
+        plan = pipe.block_offload.plan
+        assert plan.device_bytes <= limit
+        taken.add(next(c.policy.granularity for c in plan.components if c.name == "transformer"))
+        assert torch.equal(run(pipe, "wan"), expected)
+    assert taken == {"block", "phase", "leaf"}
+    with pytest.raises(ValueError, match="components.*'block'|too little"):
+        pipe.enable_block_offload(
+            device="cpu",
+            max_device_memory=needs["leaf"],
+            components={"vae": "leaf", "transformer": "block"},
+        )
+
+
+def test_what_the_host_cannot_hold_stays_on_the_device():
+    pipe = build("flux")
+    expected = run(pipe, "flux")
+    plan = needed(pipe)
+    limit = plan.host_bytes - plan.components[-1].streamed_bytes // 2
+    pipe.enable_block_offload(device="cpu", max_host_memory=limit)
+    assert pipe.block_offload.plan.host_bytes <= limit
+    assert any(component.residents for component in pipe.block_offload.plan.components)
+    assert torch.equal(run(pipe, "flux"), expected)
+    assert pipe.block_offload.report().host_bytes <= limit
+    for arguments in ({"max_host_memory": 1000}, {"max_host_memory": limit, "offload_ratio": 1.0}):
+        with pytest.raises(ValueError, match=r"max_host_memory=\d+ is .* too little"):
+            pipe.enable_block_offload(device="cpu", **arguments)
 
 
 def needed(pipe):

@@ -1,0 +1,106 @@
+"""What of a pipeline fits where: whether anything streams, in how small units, and what the host can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import planner
+from .policy import STREAMING, Request
+from .report import size_text
+from .streams import Streams
+from .target import Target, make_plan
+
+_ACTIVATIONS_SHARE = 0.2  # of the device, left to what computing needs where everything is to stay ...
+_ACTIVATIONS_AT_MOST = 4 * 2**30  # ... and bytes of it that are enough
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that may be used; None where nobody has set a bound.
+
+    Attributes:
+        device: on the device, activations included.
+        given: the user set it; otherwise it is what the device has.
+        host: of weights on the host.
+    """
+
+    device: int | None
+    given: bool
+    host: int | None
+
+
+def limits_for(streams: Streams, device_memory: int | None, host_memory: int | None, decides: bool) -> Limits:
+    """The bounds of one call.
+
+    Args:
+        device_memory, host_memory: those that the user set.
+        decides: the user left it to us what streams: an accelerator's free memory is a bound then.
+    """
+    if device_memory is None and decides and streams.asynchronous:
+        return Limits(streams.available(), False, host_memory)
+    return Limits(device_memory, True, host_memory)
+
+
+def fit(
+    route: Callable[[Request], list[Target]], request: Request, limits: Limits, device: torch.device
+) -> tuple[Request, list[Target]]:
+    """The targets that fit, and the request that they follow: everything resident, or else units small enough.
+
+    Args:
+        route: gives every component its target under a request.
+
+    Raises:
+        ValueError: nothing fits; the message says how much is missing and what would help.
+    """
+    request, targets = _fit_host(route, request, limits.host, device)
+    if limits.device is None:
+        return request, targets
+    if device.type != "cpu" and request.decides and _all_fits(targets, limits.device):
+        return request, [target.resident() for target in targets]
+    refused: ValueError | None = None
+    for granularity in _finer(request):
+        finer = replace(request, default=replace(request.default, granularity=granularity))
+        found = targets if finer == request else route(finer)
+        try:
+            planner.check_budget(make_plan(found, device), limits.device, limits.given)
+        except ValueError as error:
+            refused = error
+        else:
+            return finer, found
+    raise refused
+
+
+def _fit_host(
+    route: Callable[[Request], list[Target]], request: Request, limit: int | None, device: torch.device
+) -> tuple[Request, list[Target]]:
+    """Stream no more than the host may hold: the rest stays on the device."""
+    targets = route(request)
+    plan = make_plan(targets, device)
+    if limit is None or plan.host_bytes <= limit:
+        return request, targets
+    free = [c for c in plan.components if c.policy == request.default and c.policy.streams]
+    streamed = sum(component.streamed_bytes for component in free)
+    room = limit - (plan.host_bytes - streamed)
+    if not request.decides or room < 0 or not streamed:
+        raise ValueError(
+            f"max_host_memory={limit} is {size_text(plan.host_bytes - limit)} too little for what leaves the device. "
+            "Give more, or let more stay there: a smaller offload_ratio, 'resident' for some components"
+        )
+    request = replace(
+        request, default=replace(request.default, ratio=request.default.ratio * room / streamed)
+    )
+    return request, route(request)
+
+
+def _all_fits(targets: Sequence[Target], limit: int) -> bool:
+    """Whether all weights may stay on the device beside what computing needs."""
+    weights = sum(target.nbytes for target in targets)
+    return weights + min(_ACTIVATIONS_AT_MOST, int(limit * _ACTIVATIONS_SHARE)) <= limit
+
+
+def _finer(request: Request) -> Sequence[str]:
+    granularity = request.default.granularity
+    return STREAMING[STREAMING.index(granularity) :] if request.default.streams else (granularity,)

@@ -164,7 +164,7 @@ def plan_targets(
         reason = why_not(name, module)
         if reason is not None:
             raise ValueError(f"{reason}. Leave it out of the pipeline, or load it in a plain dtype.")
-        target = _target(name, module, request)
+        target = make_target(name, module, request)
         if target.note and not _is_autoencoder(module):
             without_blocks.append(name)
         targets.append(target)
@@ -176,7 +176,8 @@ def plan_targets(
     return targets
 
 
-def _target(name: str, module: nn.Module, request: Request) -> Target:
+def make_target(name: str, module: nn.Module, request: Request) -> Target:
+    """Route its policy to one component that nobody offloads yet. Needs shapes and dtypes, no weights."""
     policy = request.policy_for(name)
     if not policy.streams:
         return Target(name, module, policy, dissect(module))

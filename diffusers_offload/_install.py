@@ -1,4 +1,4 @@
-"""Gives Diffusers' classes the methods of the mixins, and takes them away again.
+"""Gives classes of Diffusers' and transformers' the members of the mixins, and takes them away again.
 
 Diffusers imports its pipelines only when one is used, which takes a second; so the methods are added
 when a class comes into being, and what they need is imported when one is called.
@@ -20,18 +20,22 @@ _ADDED = ("enable_block_offload", "disable_block_offload", "block_offload", "_of
 
 @dataclass(frozen=True)
 class _Place:
-    """A class of Diffusers', and what it is given.
+    """A class of Diffusers' or transformers', and what it is given.
 
     Attributes:
         mixin: where the members come from: a module of this package, and a class.
-        wrapped: members that Diffusers has as well; its own stay under `_diffusers_<name>`.
-        added: members that it is given besides those that every place gets.
+        wrapped: members that the class has as well; its own stay under `_diffusers_<name>`.
+        added: members that it has not.
     """
 
     class_name: str
     mixin: tuple[str, str]
     wrapped: tuple[str, ...]
-    added: tuple[str, ...] = ()
+    added: tuple[str, ...] = _ADDED
+
+    def is_given(self, owner: type) -> bool:
+        """Whether the class has the members already."""
+        return f"_diffusers_{self.wrapped[0]}" in vars(owner)
 
 
 _PLACES = {
@@ -39,7 +43,7 @@ _PLACES = {
         "DiffusionPipeline",
         ("pipeline", "BlockOffloadMixin"),
         ("__setattr__", "device", "maybe_free_model_hooks", "enable_group_offload"),
-        ("__copy__", "__reduce_ex__"),
+        (*_ADDED, "__copy__", "__reduce_ex__"),
     ),
     "diffusers.modular_pipelines.modular_pipeline": _Place(
         "ModularPipeline", ("modular", "ModularOffloadMixin"), ("__call__", "register_components", "device")
@@ -47,11 +51,13 @@ _PLACES = {
     "diffusers.modular_pipelines.components_manager": _Place(
         "ComponentsManager", ("modular", "ManagerOffloadMixin"), ("add", "remove", "enable_auto_cpu_offload")
     ),
+    "diffusers.models.modeling_utils": _Place("ModelMixin", ("models", "HeldModelMixin"), ("device",), ()),
+    "transformers.modeling_utils": _Place("ModuleUtilsMixin", ("models", "HeldModelMixin"), ("device",), ()),
 }
 
 
 def install() -> None:
-    """Add the methods to Diffusers' classes, now or as soon as each is imported. Twice is once."""
+    """Add the members to the classes, now or as soon as each is imported. Twice is once."""
     for name in _PLACES:
         if name in sys.modules:
             _add_methods(name)
@@ -65,7 +71,7 @@ def uninstall() -> None:
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _WhenImported)]
     for name, place in _PLACES.items():
         owner = getattr(sys.modules.get(name), place.class_name, None)
-        if owner is None or _ADDED[0] not in vars(owner):
+        if owner is None or not place.is_given(owner):
             continue
         from .calls import unguard_calls
         from .handle import live_handles
@@ -76,20 +82,20 @@ def uninstall() -> None:
         for member in place.wrapped:
             setattr(owner, member, vars(owner)[f"_diffusers_{member}"])
             delattr(owner, f"_diffusers_{member}")
-        for member in (*_ADDED, *place.added):
+        for member in place.added:
             delattr(owner, member)
 
 
 def _add_methods(name: str) -> None:
     place = _PLACES[name]
     owner = getattr(sys.modules[name], place.class_name)
-    if _ADDED[0] in vars(owner):
+    if place.is_given(owner):
         return
     home, mixin_name = place.mixin
     mixin = getattr(importlib.import_module(f".{home}", __package__), mixin_name)
     for member in place.wrapped:
         setattr(owner, f"_diffusers_{member}", vars(owner)[member])
-    for member in (*_ADDED, *place.added, *place.wrapped):
+    for member in (*place.added, *place.wrapped):
         setattr(owner, member, inspect.getattr_static(mixin, member))
 
 

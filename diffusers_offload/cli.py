@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator, Sequence
 
-from .policy import check_ratio
+from .policy import GRANULARITIES, check_ratio
 
 # The environment has to know before torch is imported: cuBLAS is deterministic only with a workspace of fixed
 # size. The libraries' remarks on optional packages would bury the demo's own lines.
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
+    _add_plan(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 
@@ -108,6 +110,88 @@ def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int
         offload_ratio=arguments.offload_ratio,
         output_dir=arguments.output_dir,
     )
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="show what a saved pipeline would be taken apart into, without loading its weights",
+        description="Show for each component of a saved pipeline the units that would stream, what does not "
+        "and why, and the bytes on device and host for each granularity. Only configs are read, and the headers of "
+        "weight files where no --dtype is given. The exit code is 1 if --max-device-memory is too little for the "
+        "weights alone, and 2 if there is no such pipeline.",
+    )
+    parser.add_argument(
+        "path",
+        nargs="?",
+        help="a directory with a model_index.json, one with a component's config.json, or an id on the Hub",
+    )
+    parser.add_argument(
+        "--pipeline",
+        metavar="NAME",
+        choices=_PipelineNames(),
+        help="in place of a path, one of the demo's pipelines: %(choices)s",
+    )
+    parser.add_argument(
+        "--size",
+        default="full",
+        choices=("tiny", "full"),
+        help="of the demo's pipeline; full (the default) has the published denoiser at its true size",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="as torch_dtype of from_pretrained; that of the stored weights if left out",
+    )
+    parser.add_argument(
+        "--granularity",
+        default="block",
+        choices=GRANULARITIES,
+        help="what to show in detail, as offload_granularity; %(default)s if left out",
+    )
+    parser.add_argument(
+        "--component",
+        action="append",
+        metavar="NAME",
+        help="look at this component only; may be given several times",
+    )
+    parser.add_argument(
+        "--max-device-memory", metavar="SIZE", help='such as "10GiB", or bytes: what each granularity leaves'
+    )
+    parser.add_argument("--json", action="store_true", help="as data, sizes in bytes")
+    parser.set_defaults(run=lambda arguments: _plan(arguments, parser))
+
+
+def _plan(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if (arguments.path is None) == (arguments.pipeline is None):
+        parser.error("name either a path or a --pipeline of the demo's")
+    import json
+
+    import torch
+
+    from .inspection import inspect
+    from .policy import parse_bytes
+    from .skeleton import demo_skeleton, open_skeleton
+
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    try:
+        size = arguments.max_device_memory
+        limit = parse_bytes("--max-device-memory", int(size) if size and size.isdigit() else size)
+        if arguments.pipeline is not None:
+            found = demo_skeleton(arguments.pipeline, arguments.size, dtype)
+        else:
+            found = open_skeleton(arguments.path, dtype)
+        found = found.only(arguments.component)
+    except ValueError as error:
+        parser.error(str(error))
+    inspection = inspect(
+        found.modules, arguments.granularity, found.title, found.dtypes, found.missing, limit
+    )
+    print(json.dumps(inspection.as_dict(), indent=2) if arguments.json else inspection)
+    too_little = inspection.too_little()
+    if too_little is not None:
+        print(too_little, file=sys.stderr)
+    return 1 if too_little is not None else 0
 
 
 def _positive(text: str) -> int:

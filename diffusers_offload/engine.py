@@ -72,6 +72,7 @@ class Engine:
         self.streams.synchronize()  # copies from memory that is about to go
         staying = set(after.units)
         origin = {}
+        home = next((unit.weights.origin[0] for unit in before.units), None)  # also of what has come since
         for unit in before.units:
             if unit not in staying:
                 pairs = zip(unit.weights.tensors, unit.weights.origin, strict=True)
@@ -89,9 +90,9 @@ class Engine:
             pass
         for unit in after.units:
             unit.component = after
-            tensors = unit.weights.tensors
-            pairs = zip(tensors, unit.weights.origin, strict=True)
-            unit.weights.origin = [origin.get(id(tensor), where) for tensor, where in pairs]
+        for weights in (unit.weights for unit in fresh):
+            pairs = zip(weights.tensors, weights.origin, strict=True)
+            weights.origin = [origin.get(id(tensor), home or where) for tensor, where in pairs]
         self._turns.forget(before)
         if self.budget is not None:
             self.budget.forget(before)

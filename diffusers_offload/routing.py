@@ -42,7 +42,7 @@ def plan_targets(
             targets.append(_shared_target(name, module, held, request, device))
             continue
         refusals.refuse_before(name, module, leaving)
-        target = _target(name, module, request, name in asked or name in request.by_name)
+        target = make_target(name, module, request, name in asked or name in request.by_name)
         if target.note and not _is_autoencoder(module):
             without_blocks.append(name)
         targets.append(target)
@@ -110,7 +110,8 @@ def _layers(module: nn.Module | None) -> tuple[nn.Module | None, ...]:
     return (module, getattr(module, "_orig_mod", module))
 
 
-def _target(name: str, module: nn.Module, request: Request, by_name: bool) -> Target:
+def make_target(name: str, module: nn.Module, request: Request, by_name: bool) -> Target:
+    """How one component is offloaded under `request`; `by_name`: the user named it."""
     policy = request.policy_for(name)
     if not policy.streams:
         return Target(name, module, policy, dissect(module))

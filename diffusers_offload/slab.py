@@ -91,13 +91,22 @@ def arrange(spans: Sequence[Span]) -> tuple[Region, ...]:
 
 def span_of(tensor: torch.Tensor) -> Span:
     """The bytes of its storage that `tensor` reaches; its start is rounded down to keep its alignment."""
-    storage = tensor.untyped_storage()
+    storage = storage_of(tensor)
     size = tensor.element_size()
     start = tensor.storage_offset() * size
     if tensor.numel() == 0:
-        return Span(storage.data_ptr(), start, start)
+        return Span(storage, start, start)
     reach = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return Span(storage.data_ptr(), start - start % _SOURCE_ALIGNMENT, start + reach * size)
+    return Span(storage, start - start % _SOURCE_ALIGNMENT, start + reach * size)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """A number that tells storages apart: the address of the bytes, or of the object where there are none.
+
+    All tensors on the meta device have the address 0; those that are views of one another share the object.
+    """
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata
 
 
 def lay_out(tensors: Sequence[torch.Tensor]) -> Layout:

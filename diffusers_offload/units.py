@@ -111,8 +111,8 @@ def chunks(tensors: Sequence[torch.Tensor], limit: int) -> list[list[torch.Tenso
     group_of: dict[int, list[torch.Tensor]] = {}
     size = limit
     for tensor in tensors:
-        storage = tensor.untyped_storage().data_ptr()
-        if storage and storage in group_of:
+        storage = slab.storage_of(tensor)
+        if storage in group_of:
             group_of[storage].append(tensor)
             continue
         nbytes = tensor.numel() * tensor.element_size()

@@ -49,7 +49,7 @@ def test_sizes_as_accelerate_reads_them():
 def test_a_budget_that_holds_no_units_at_all_is_refused():
     pipe = build("flux")
     with pytest.raises(
-        ValueError, match=r"max_device_memory=1000 is .* too little.*what of vae does not stream"
+        ValueError, match=r"max_device_memory=1000 is .* too little.*what of transformer does not stream"
     ):
         pipe.enable_block_offload(device="cpu", max_device_memory=1000)
     assert pipe.block_offload is None
@@ -72,7 +72,7 @@ def test_where_blocks_do_not_fit_phases_and_leaves_are_taken():
         taken.add(next(c.policy.granularity for c in plan.components if c.name == "transformer"))
         assert torch.equal(run(pipe, "wan"), expected)
     assert taken == {"block", "phase", "leaf"}
-    with pytest.raises(ValueError, match="components.*'block'|too little"):
+    with pytest.raises(ValueError, match="too little"):
         pipe.enable_block_offload(
             device="cpu",
             max_device_memory=needs["leaf"],

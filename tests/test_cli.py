@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +148,86 @@ def test_plot_has_a_second_panel_for_an_accelerator(tmp_path: Path):
         with Image.open(tmp_path / f"{name}.png") as picture:
             sizes[name] = picture.size
     assert sizes["cuda"][0] == 2 * sizes["cpu"][0]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from helpers import build
+
+    folder = tmp_path_factory.mktemp("saved")
+    build("flux").save_pretrained(folder)
+    return folder
+
+
+def test_plan_shows_units_phases_stem_and_what_each_granularity_needs(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["plan", str(saved), "--component", "transformer"]) == 0
+    printed = capsys.readouterr().out
+    assert "FluxTransformer2DModel, float32, as stored" in printed
+    for expected in (
+        "x transformer_blocks.*",
+        "phases of transformer_blocks.0 (FluxTransformerBlock)",
+        "that of use is learned",
+        "stem, ",
+        "outside the blocks",
+        "norm_out.linear.weight",
+    ):
+        assert expected in printed
+    for granularity in ("block", "phase", "leaf"):
+        assert sum(line.split()[:1] == [granularity] for line in printed.splitlines()) == 2
+    assert "text_encoder" not in printed
+
+
+def test_plan_as_data(saved: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", str(saved), "--json", "--granularity", "phase", "--dtype", "bfloat16"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["pipeline"], data["granularity"], data["missing"]) == ("FluxPipeline", "phase", {})
+    found = {each["name"]: each for each in data["components"]}
+    assert set(found) == {"vae", "text_encoder", "text_encoder_2", "transformer"}
+    transformer = found["transformer"]
+    sizes = [unit["nbytes"] for unit in transformer["units"]]
+    assert sizes and transformer["granularities"]["phase"]["largest_unit"] == max(sizes)
+    assert transformer["granularities"]["phase"]["units"] == len(sizes)
+    assert transformer["stem"]["reasons"][0]["names"]
+    assert 0 < data["granularities"]["phase"]["device"] < data["granularities"]["block"]["device"]
+
+
+def test_plan_says_what_a_bound_leaves(saved: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", str(saved), "--max-device-memory", "1GiB"]) == 0
+    assert "left of 1.00 GiB" in capsys.readouterr().out
+    assert main(["plan", str(saved), "--max-device-memory", "1000"]) == 1
+    captured = capsys.readouterr()
+    assert "too little" in captured.out
+    assert captured.err.startswith("max_device_memory=1000 is")
+
+
+def test_plan_of_a_pipeline_of_the_demo(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "--pipeline", "wan", "--size", "tiny", "--granularity", "model"]) == 0
+    printed = capsys.readouterr().out
+    assert "could stream" in printed and "WanTransformer3DModel" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either a path or a --pipeline"),
+        (["x", "--pipeline", "flux"], "either a path or a --pipeline"),
+        (["./nowhere"], "./nowhere is not there"),
+        ([__file__], "is a file"),
+        (["."], "is no pipeline"),
+        (
+            ["--pipeline", "flux", "--size", "tiny", "--component", "nothing"],
+            "there are 'vae', 'text_encoder'",
+        ),
+        (["--pipeline", "flux", "--max-device-memory", "much"], "--max-device-memory='much' is not a size"),
+    ],
+)
+def test_plan_of_what_is_no_pipeline_is_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main(["plan", *arguments])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err

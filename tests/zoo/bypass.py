@@ -131,17 +131,11 @@ IDEOGRAM_CALL = {
     "max_sequence_length": 64,
 }
 
-IDEOGRAM_DEFECT = (
-    "the pipeline puts ids and mask where `text_encoder.device` says: on the host, while the stem is there. The "
-    "ids are moved when a layer is called, the mask is not: it meets hidden states that are on the device"
-)
-
 BYPASS = {
     "ideogram4": Entry(
         ideogram4,
         IDEOGRAM_CALL,
         reads=("text_encoder.visual.patch_embed.proj.weight", "vae.bn.running_mean", "vae.bn.running_var"),
-        defect=IDEOGRAM_DEFECT,
     ),
     "kandinsky6": Entry(kandinsky6, lambda: {**VIDEO, "image": picture(32, 48), "max_sequence_length": 32}),
 }

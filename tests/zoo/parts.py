@@ -28,13 +28,11 @@ class Entry:
     Attributes:
         reads: weights that the pipeline itself looks at, outside any model: at their values, which it moves,
             or at where they lie.
-        defect: why it does not run offloaded to an accelerator, or "".
     """
 
     build: Callable[[Maker], diffusers.DiffusionPipeline]
     call: dict[str, Any] | Callable[[], dict[str, Any]]
     reads: tuple[str, ...] = ()
-    defect: str = ""
 
 
 def flow_vae(make: Maker, latent_channels: int, **config: Any) -> diffusers.AutoencoderKL:

@@ -69,7 +69,7 @@ def test_adapters_before_enabling_equal_the_resident_run(device):
     pipe = build("flux", device=device)
     add_adapter(pipe, "one", 1)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     assert torch.equal(run(pipe, "flux"), expected)
 
 
@@ -83,7 +83,7 @@ def test_fused_projections(device):
 
     expected = list(pictures(build("flux", device=device)))
     pipe = build("flux")
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     assert all(torch.equal(a, b) for a, b in zip(pictures(pipe), expected, strict=True))
 
 
@@ -120,7 +120,7 @@ def test_a_component_whose_tensors_another_one_uses_is_taken_apart_anew(device):
     pipe, using = made(device)
     expected = list(pictures(pipe, using))
     pipe, using = made()
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     assert all(torch.equal(a, b) for a, b in zip(pictures(pipe, using), expected, strict=True))
     held = pipe.block_offload._held
     assert held["image_encoder"].component.needs == [held["transformer"].component]

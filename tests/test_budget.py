@@ -155,13 +155,13 @@ def test_the_measured_peak_stays_under_the_budget(extra):
     expected = run(pipe, "flux", **kwargs)
     pipe.to("cpu")
     torch.cuda.empty_cache()
-    pipe.enable_block_offload(device="cuda")
+    pipe.enable_block_offload(device="cuda", offload_ratio=1.0)
     run(pipe, "flux", **kwargs)
     torch.cuda.reset_peak_memory_stats()
     run(pipe, "flux", **kwargs)
     bare = torch.cuda.max_memory_allocated()
     limit = int(bare * 1.03) + extra * 2**20
-    pipe.enable_block_offload(device="cuda", max_device_memory=limit)
+    pipe.enable_block_offload(device="cuda", offload_ratio=1.0, max_device_memory=limit)
     peaks = []
 
     def note(pipe, step, timestep, values):

@@ -37,7 +37,7 @@ def test_a_callback(name, callback, device):
     pipe = build(name, device=device)
     plain, expected = run(pipe, name, **changes), run(pipe, name, **changes, **callback)
     assert not torch.equal(plain, expected)
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     for _ in range(2):
         assert torch.equal(run(pipe, name, **changes, **callback), expected)
         assert torch.equal(run(pipe, name, **changes), plain)
@@ -53,7 +53,7 @@ def test_a_callback_reads_true_weights(device):
         seen.append(all(torch.equal(found[key].cpu(), value) for key, value in right.items()))
         return values
 
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     for _ in range(2):
         run(pipe, "flux", callback_on_step_end=read)
     assert seen
@@ -67,12 +67,12 @@ def test_a_callback_that_disables_and_enables(device):
         elif device == "cpu":
             pipe.disable_block_offload()
         else:
-            pipe.enable_block_offload(device=device)
+            pipe.enable_block_offload(device=device, offload_ratio=1.0)
         return values
 
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     for _ in range(2):
         assert torch.equal(run(pipe, "flux", callback_on_step_end=toggle), expected)
 
@@ -108,7 +108,7 @@ def test_another_scheduler(when, device):
     assert torch.equal(expected[0], expected[2])
     assert not torch.equal(expected[0], expected[1])
     pipe = build("flux")
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     handle = pipe.block_offload
     assert all(torch.equal(a, b) for a, b in zip(pictures(pipe), expected, strict=True))
     assert pipe.block_offload is handle

@@ -27,7 +27,7 @@ def test_weights_edited_while_offloaded_count_from_the_next_forward_on(index, ho
     assert not torch.equal(before, expected)
 
     pipe = build("flux")
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     assert torch.equal(run(pipe, "flux"), before)
     edit(pipe.transformer.transformer_blocks[index])
     assert torch.equal(run(pipe, "flux"), expected)
@@ -47,7 +47,7 @@ def test_weights_edited_between_two_steps_count_in_the_second(device):
     before, expected = run(pipe, "flux"), run(pipe, "flux", callback_on_step_end=edit)
     assert not torch.equal(before, expected)
     pipe = build("flux")
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     assert torch.equal(run(pipe, "flux", callback_on_step_end=edit), expected)
 
 
@@ -67,7 +67,7 @@ def test_a_stem_edited_while_it_is_on_the_device_counts(device):
     edit()
     expected = model(**inputs).sample
     model.proj_out.weight.data = model.proj_out.weight.data / 2
-    handle = diffusers_offload.enable_block_offload(model, device=device)
+    handle = diffusers_offload.enable_block_offload(model, device=device, offload_ratio=1.0)
     assert torch.equal(model(**inputs).sample, plain)
     edit()
     assert torch.equal(model(**inputs).sample, expected)
@@ -99,7 +99,7 @@ def test_a_buffer_written_in_a_forward_is_written_back(device):
             return x
 
     net = Net()
-    handle = diffusers_offload.enable_block_offload(net, device=device)
+    handle = diffusers_offload.enable_block_offload(net, device=device, offload_ratio=1.0)
     with torch.no_grad():
         for _ in range(3):
             net(torch.ones(1, 8, device=device))

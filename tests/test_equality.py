@@ -29,7 +29,7 @@ def test_offloaded_equals_resident(name, dtype, device):
     assert not torch.equal(expected, other)
     pipe.to("cpu")
 
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     assert any(component.streamed for component in pipe.block_offload.plan.components)
     assert torch.equal(run(pipe, name), expected)
     with no_weight_used_while_offloaded(pipe):
@@ -48,7 +48,7 @@ def test_offloaded_equals_resident(name, dtype, device):
 def test_whole_components_equal_resident_too(word, device):
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device, offload_granularity=word)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0, offload_granularity=word)
     assert torch.equal(run(pipe, "flux"), expected)
 
 
@@ -70,6 +70,7 @@ def test_policies_per_component_mix(device):
     expected = run(pipe, "flux")
     pipe.to("cpu").enable_block_offload(
         device=device,
+        offload_ratio=1.0,
         components={
             "vae": "block",
             "text_encoder": "resident",
@@ -87,7 +88,7 @@ def test_policies_per_component_mix(device):
 def test_no_misses_once_the_order_is_known(device):
     for name in ("flux", "sdxl"):
         pipe = build(name, device="cpu")
-        pipe.enable_block_offload(device=device)
+        pipe.enable_block_offload(device=device, offload_ratio=1.0)
         for _ in range(2):
             run(pipe, name)
         pipe.block_offload.reset()
@@ -98,7 +99,7 @@ def test_no_misses_once_the_order_is_known(device):
 @pytest.mark.parametrize("name", ["flux", "wan22", "sdxl-controlnet"])
 def test_the_arena_serves_every_component_and_does_not_grow(name, device):
     pipe = build(name)
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     arena = pipe.block_offload.report().arena_bytes
     largest = max(sum(sorted(u.nbytes for u in c.streamed)[-2:]) for c in pipe.block_offload.plan.components)
     run(pipe, name)
@@ -116,7 +117,7 @@ def test_a_device_generator_gives_the_same_noise(device):
         return zoo.output(pipe(**zoo.call_kwargs("flux"), generator=generator)).cpu()
 
     expected = image()
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     assert torch.equal(image(), expected)
 
 
@@ -127,7 +128,7 @@ def test_the_first_thing_called_may_be_the_vae(device):
         latents = pipe.vae.encode(picture).latent_dist.mode()
         expected = pipe.vae.decode(latents).sample
     for order in ("encode first", "decode first"):
-        pipe.to("cpu").enable_block_offload(device=device)
+        pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
         with torch.no_grad():
             if order == "encode first":
                 assert torch.equal(pipe.vae.encode(picture).latent_dist.mode(), latents)
@@ -143,7 +144,7 @@ def test_tiled_decoding_needs_no_warm_up(device):
     latents = torch.randn(1, channels, 10, 10, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
         expected = pipe.vae.decode(latents).sample
-        pipe.to("cpu").enable_block_offload(device=device, components={"vae": "block"})
+        pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0, components={"vae": "block"})
         assert torch.equal(pipe.vae.decode(latents).sample, expected)
 
 
@@ -151,7 +152,7 @@ def test_encode_prompt_called_on_its_own(device):
     pipe = build("flux", device=device)
     with torch.no_grad():
         expected = pipe.encode_prompt("a fox", None)
-        pipe.to("cpu").enable_block_offload(device=device)
+        pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
         found = pipe.encode_prompt("a fox", None)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -171,7 +172,7 @@ def test_any_part_may_be_called_on_its_own(device):
             yield encoder(ids)[0]
 
     expected = list(parts())
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     assert all(torch.equal(a, b) for a, b in zip(parts(), expected, strict=True))
 
 
@@ -190,7 +191,7 @@ def test_latents_upcast_the_vae_in_mid_call(device):
             return low, high, pipe.vae.decode(z.bfloat16()).sample
 
     expected = there_and_back()
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     found = there_and_back()
     assert found[1].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

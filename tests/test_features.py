@@ -134,7 +134,7 @@ def test_a_feature_of_diffusers(name, feature, when, ratio, device):
 def test_a_cache_may_be_switched_off_again(feature, device):
     pipe = build("flux", device=device)
     plain = run(pipe, "flux", **STEPS)
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     for _ in range(2):
         feature(pipe)
         run(pipe, "flux", **STEPS)
@@ -176,5 +176,5 @@ def test_a_second_controlnet_put_in_afterwards(device):
     expected = list(pictures(build("sdxl-controlnet", device=device)))
     assert not any(torch.equal(a, b) for a, b in pairwise(expected))
     pipe = build("sdxl-controlnet")
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     assert all(torch.equal(a, b) for a, b in zip(pictures(pipe), expected, strict=True))

@@ -13,7 +13,7 @@ def modules_of(pipe):
 def test_remove_all_hooks_leaves_a_working_pipeline(device):
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     run(pipe, "flux")
     pipe.remove_all_hooks()
     assert pipe.block_offload is None
@@ -25,20 +25,20 @@ def test_remove_all_hooks_leaves_a_working_pipeline(device):
 def test_accelerates_own_removal_restores_a_component(recurse, device):
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     run(pipe, "flux")
     remove_hook_from_module(pipe.transformer, recurse=recurse)
     pipe.transformer.to(device)
     assert not any(hasattr(part, "_hf_hook") for part in pipe.transformer.modules())
     assert torch.equal(run(pipe, "flux"), expected)
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     assert torch.equal(run(pipe, "flux"), expected)
 
 
 def test_a_block_whose_hook_is_removed_stays_on_the_device(device):
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     run(pipe, "flux")
     remove_hook_from_module(pipe.transformer.transformer_blocks[1], recurse=True)
     assert next(pipe.transformer.transformer_blocks[1].parameters()).device.type == device
@@ -50,7 +50,7 @@ def test_a_block_whose_hook_is_removed_stays_on_the_device(device):
 def test_a_block_whose_hook_is_replaced_stays_on_the_device(device):
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     run(pipe, "flux")
     block, foreign = pipe.transformer.transformer_blocks[1], Counting()
     add_hook_to_module(block, foreign)
@@ -110,7 +110,7 @@ def test_foreign_hooks_survive(place):
 def test_foreign_hooks_may_be_chained_to_ours(place, device):
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     assert torch.equal(run(pipe, "flux"), expected)
     part, foreign = pipe.transformer.get_submodule(place), Counting()
     add_hook_to_module(part, foreign, append=True)

@@ -22,7 +22,7 @@ def test_enable_run_disable_three_times(device):
     pipe.to("cpu")
     weights = {name: weights_of(module) for name, module in modules_of(pipe).items()}
     for _ in range(3):
-        pipe.enable_block_offload(device=device)
+        pipe.enable_block_offload(device=device, offload_ratio=1.0)
         assert torch.equal(run(pipe, "flux"), expected)
         pipe.disable_block_offload()
         assert pipe.block_offload is None
@@ -70,7 +70,7 @@ def test_parameters_keep_their_identity_and_their_values_while_offloaded():
 
 def test_execution_device_and_dtype_answer_correctly(device):
     pipe = build("flux", torch.bfloat16)
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     assert pipe._execution_device == pipe.device == pipe.block_offload.device
     assert pipe.dtype == torch.bfloat16
     run(pipe, "flux")
@@ -97,7 +97,7 @@ class Boom(Exception):
 def test_an_exception_in_a_block_leaves_nothing_behind(where, error, device):
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     part = pipe.transformer.get_submodule(where)
 
     def fail(*_):
@@ -118,10 +118,10 @@ def test_two_pipelines_share_their_components(device):
 
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     other = FluxImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.float32)
     other.set_progress_bar_config(disable=True)
-    other.enable_block_offload(device=device)
+    other.enable_block_offload(device=device, offload_ratio=1.0)
     assert torch.equal(run(pipe, "flux"), expected)
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -169,13 +169,13 @@ def test_device_memory_returns_to_the_baseline():
     pipe = build("flux")
     after = []
     for _ in range(3):
-        pipe.enable_block_offload(device="cuda")
+        pipe.enable_block_offload(device="cuda", offload_ratio=1.0)
         run(pipe, "flux")
         pipe.disable_block_offload()
         after.append(allocated())
     assert after[0] - before < 8192  # the scheduler keeps its timesteps on the device
     assert after[0] == after[1] == after[2]
-    pipe.enable_block_offload(device="cuda")
+    pipe.enable_block_offload(device="cuda", offload_ratio=1.0)
     run(pipe, "flux")
     del pipe
     assert allocated() == before
@@ -185,7 +185,7 @@ def test_a_single_module_outside_a_pipeline(device):
     pipe = build("wan", device=device)
     model = pipe.transformer
     expected = run(pipe, "wan")
-    handle = diffusers_offload.enable_block_offload(model, device=device)
+    handle = diffusers_offload.enable_block_offload(model, device=device, offload_ratio=1.0)
     assert torch.equal(run(pipe, "wan"), expected)
     assert handle.report().uses
     handle.disable()
@@ -198,7 +198,7 @@ def test_inference_mode_throughout(device):
     expected = run(pipe, "flux")
     pipe.to("cpu")
     with torch.inference_mode():
-        pipe.enable_block_offload(device=device)
+        pipe.enable_block_offload(device=device, offload_ratio=1.0)
         assert torch.equal(run(pipe, "flux"), expected)
     assert torch.equal(run(pipe, "flux"), expected)
 

@@ -95,7 +95,7 @@ def test_a_lora_loaded_and_fused_while_suspended(how, device):
     expected, afterwards = picture(pipe), run(pipe, "flux")
     assert not torch.equal(plain, expected)
     pipe = build("flux")
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     assert torch.equal(run(pipe, "flux"), plain)
     assert torch.equal(picture(pipe), expected)
     assert torch.equal(run(pipe, "flux"), afterwards)
@@ -162,7 +162,7 @@ def test_an_ip_adapter_and_its_image_encoder(when, device, tmp_path):
     pipe = build("sdxl")
     if when == "before":
         load(pipe)
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     if when == "after a call":
         assert torch.equal(run(pipe, "sdxl"), plain)
     if when != "before":

@@ -116,7 +116,7 @@ def test_a_picture_goes_in_first(device):
     picture = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(0))
     pipe = build("flux", device)
     expected = run(pipe, image=picture, strength=0.7, num_inference_steps=3)
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     assert torch.equal(run(pipe, image=picture, strength=0.7, num_inference_steps=3), expected)
 
 
@@ -132,7 +132,7 @@ def test_a_guider_with_hooks_on_the_blocks(device):
     pipe.update_components(guider=guider())
     expected = run(pipe, "qwenimage")
     assert not torch.equal(expected, plain)
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     for _ in range(2):
         assert torch.equal(run(pipe, "qwenimage"), expected)
 
@@ -143,7 +143,7 @@ def test_enable_disable_enable(device):
     pipe.to("cpu")
     weights = {name: weights_of(module) for name, module in modules_of(pipe).items()}
     for _ in range(2):
-        pipe.enable_block_offload(device=device)
+        pipe.enable_block_offload(device=device, offload_ratio=1.0)
         assert torch.equal(run(pipe), expected)
         pipe.disable_block_offload()
         assert pipe.block_offload is None
@@ -167,7 +167,7 @@ def test_enable_twice_replaces_the_first():
 
 def test_what_came_for_a_call_leaves_with_it(device):
     pipe = build("flux")
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     run(pipe)
     assert on_device(pipe.block_offload) == []
 
@@ -175,7 +175,7 @@ def test_what_came_for_a_call_leaves_with_it(device):
 def test_what_came_for_a_call_leaves_when_a_block_fails(device):
     pipe = build("flux", device)
     expected = run(pipe)
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     decode = type(pipe._blocks.sub_blocks["denoise"])
 
     class Boom(Exception):
@@ -207,7 +207,7 @@ def test_only_the_text_encoders(device):
     expected = encoder()(output=["prompt_embeds", "pooled_prompt_embeds"], **prompt)
     pipe.to("cpu")
     part = encoder()
-    part.enable_block_offload(device=device, components={"text_encoder": "model"})
+    part.enable_block_offload(device=device, offload_ratio=1.0, components={"text_encoder": "model"})
     found = part(output=["prompt_embeds", "pooled_prompt_embeds"], **prompt)
     assert list(part.block_offload.components) == ["text_encoder", "text_encoder_2"]
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -218,7 +218,7 @@ def test_blocks_called_one_by_one(device):
     """Nobody calls the pipeline, so nobody tells when a call is over; the bits are right all the same."""
     pipe = build("flux", device)
     expected = run(pipe)
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     state = diffusers.modular_pipelines.PipelineState()
     for given in pipe.blocks.inputs:
         if given.name:
@@ -236,10 +236,10 @@ def test_blocks_called_one_by_one(device):
 def test_a_standard_pipeline_shares_the_components(device):
     pipe = build("flux", device)
     expected = run(pipe)
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     other = FluxPipeline(**{k: v for k, v in pipe.components.items() if k != "image_processor"})
     other.set_progress_bar_config(disable=True)
-    other.enable_block_offload(device=device)
+    other.enable_block_offload(device=device, offload_ratio=1.0)
     kwargs = zoo.call_kwargs("flux")
     found = other(**kwargs, generator=torch.Generator("cpu").manual_seed(0)).images.cpu()
     assert torch.equal(found, expected)
@@ -261,7 +261,9 @@ def test_an_updated_component_is_offloaded_as_the_first_was(device):
     pipe.update_components(transformer=first)
     pipe.to("cpu")
     other.to("cpu")
-    pipe.enable_block_offload(device=device, components={"transformer": OffloadPolicy("block", ratio=0.5)})
+    pipe.enable_block_offload(
+        device=device, offload_ratio=1.0, components={"transformer": OffloadPolicy("block", ratio=0.5)}
+    )
     handle = pipe.block_offload
     assert torch.equal(run(pipe), before)
     pipe.update_components(transformer=other)
@@ -282,7 +284,9 @@ def test_components_that_change_places(device):
     pipe.update_components(transformer=two, transformer_2=one)
     expected = run(pipe, "wan22")
     pipe.update_components(transformer=one, transformer_2=two)
-    pipe.to("cpu").enable_block_offload(device=device, components={"transformer_2": "model"})
+    pipe.to("cpu").enable_block_offload(
+        device=device, offload_ratio=1.0, components={"transformer_2": "model"}
+    )
     run(pipe, "wan22")
     pipe.update_components(transformer=two, transformer_2=one)
     assert torch.equal(run(pipe, "wan22"), expected)
@@ -294,7 +298,7 @@ def test_a_component_assigned_past_update_components_counts_from_the_next_call(d
     expected = run(pipe)
     pipe.to("cpu")
     vae, pipe.vae = pipe.vae, None
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     pipe.vae = vae
     assert torch.equal(run(pipe), expected)
     assert "vae" in pipe.block_offload.components
@@ -305,7 +309,7 @@ def test_components_loaded_after_enabling(tmp_path, device):
     expected = run(whole)
     whole.to("cpu").save_pretrained(str(tmp_path), overwrite_modular_index=True)
     pipe = ModularPipeline.from_pretrained(tmp_path)
-    pipe.enable_block_offload(device=device, components={"text_encoder": "resident"})
+    pipe.enable_block_offload(device=device, offload_ratio=1.0, components={"text_encoder": "resident"})
     assert pipe.block_offload.components == {}
     assert pipe.device == pipe._execution_device == pipe.block_offload.device
     pipe.load_components(["text_encoder", "tokenizer"])
@@ -320,8 +324,8 @@ def test_components_loaded_after_enabling(tmp_path, device):
 
 def test_an_unloaded_component_is_freed(device):
     pipe = build("flux", components_manager=ComponentsManager())
-    pipe._components_manager.enable_block_offload(device=device)
-    pipe.enable_block_offload(device=device)
+    pipe._components_manager.enable_block_offload(device=device, offload_ratio=1.0)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     run(pipe)
     gone = weakref.ref(pipe.transformer)
     pipe.unload_components("transformer")
@@ -335,7 +339,7 @@ def test_a_component_that_shares_weights_with_one_that_goes(device):
     with torch.no_grad():
         pipe.transformer_2.proj_out.weight = pipe.transformer.proj_out.weight
     expected = run(pipe, "wan22")
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     assert torch.equal(run(pipe, "wan22"), expected)
     first = pipe.transformer
     pipe.update_components(transformer=None)
@@ -456,7 +460,7 @@ def test_a_manager_serves_the_parts_of_a_workflow(device):
     whole = build("flux", device, components_manager=manager)
     expected = run(whole)
     whole.to("cpu")
-    manager.enable_block_offload(device=device, components={"vae": "block"})
+    manager.enable_block_offload(device=device, offload_ratio=1.0, components={"vae": "block"})
     text, rest = workflow(manager, "text_encoder"), workflow(manager)
     rest._blocks.sub_blocks.pop("text_encoder")
     assert text._execution_device == rest._execution_device == manager.block_offload.device == rest.device
@@ -478,7 +482,7 @@ def test_a_manager_takes_in_what_is_added_later(device):
     expected = run(reference)
     parts = {key: part for key, part in reference.to("cpu").components.items() if key != "image_processor"}
     manager = ComponentsManager()
-    manager.enable_block_offload(device=device, components={"transformer": "model"})
+    manager.enable_block_offload(device=device, offload_ratio=1.0, components={"transformer": "model"})
     handle = manager.block_offload
     assert handle.components == {}
     pipe = build("flux", parts=parts, components_manager=manager, collection="first")
@@ -496,9 +500,9 @@ def test_two_pipelines_and_their_manager(device):
     expected = run(pipe)
     pipe.to("cpu")
     other = workflow(manager)
-    pipe.enable_block_offload(device=device)
-    other.enable_block_offload(device=device)
-    manager.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
+    other.enable_block_offload(device=device, offload_ratio=1.0)
+    manager.enable_block_offload(device=device, offload_ratio=1.0)
     for each in (pipe, other):
         assert torch.equal(run(each), expected)
     pipe.disable_block_offload()
@@ -532,7 +536,7 @@ def test_what_is_removed_gets_its_weights_back(device):
     pipe = zoo.build("wan")
     expected = weights_of(pipe.transformer)
     ids = {name: manager.add(name, getattr(pipe, name)) for name in ("transformer", "text_encoder", "vae")}
-    manager.enable_block_offload(device=device)
+    manager.enable_block_offload(device=device, offload_ratio=1.0)
     with warnings_of_ours() as records:
         manager.remove(ids["transformer"])
     assert not records

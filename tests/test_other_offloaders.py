@@ -172,7 +172,9 @@ def test_a_device_map_cannot_be_reset_where_there_is_none():
 def test_moving_is_refused_with_a_warning_and_changes_nothing(device):
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device, components={"text_encoder": "resident"})
+    pipe.to("cpu").enable_block_offload(
+        device=device, offload_ratio=1.0, components={"text_encoder": "resident"}
+    )
     where = {name: p.device for name, p in pipe.text_encoder.named_parameters()}
     for move in (
         lambda: pipe.to("meta"),

@@ -57,7 +57,7 @@ def test_refused_pinning_gives_one_warning_and_right_results(staging, monkeypatc
 
         monkeypatch.setattr(torch, "empty", refuse)
     with warnings_of_ours() as records:
-        pipe.enable_block_offload(device="cuda")
+        pipe.enable_block_offload(device="cuda", offload_ratio=1.0)
         for _ in range(2):
             assert torch.equal(run(pipe, "flux"), expected)
     assert len([r for r in records if "could not be pinned" in r.getMessage()]) == 1

@@ -77,7 +77,7 @@ def test_residents_are_dropped(granularity, device):
 def test_the_arena_shrinks_to_one_unit(granularity, device):
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device, offload_granularity=granularity)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0, offload_granularity=granularity)
     handle = pipe.block_offload
     failed = []
 
@@ -114,7 +114,7 @@ def test_a_card_too_small_for_two_units():
 def test_what_the_budget_kept_is_dropped(device):
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device, max_device_memory="1GiB")
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0, max_device_memory="1GiB")
     handle = pipe.block_offload
     component = next(c for c in handle._engine.components if c.name == "transformer")
     run(pipe, "flux")

@@ -93,7 +93,7 @@ def test_edits_of_any_kind_count(edit, ratio, device):
 def test_the_true_weights_are_in_place(device):
     pipe = build("flux")
     expected = weights_of(pipe.transformer)
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     run(pipe, "flux")
     with pipe.block_offload.suspended() as handle:
         assert handle is pipe.block_offload
@@ -162,7 +162,7 @@ def test_suspended_in_a_callback_counts_from_the_next_step_on(device):
 
     expected = run(build("flux", device=device), "flux", callback_on_step_end=edit)
     pipe = build("flux")
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     assert torch.equal(run(pipe, "flux", callback_on_step_end=edit), expected)
 
 

@@ -41,7 +41,7 @@ def test_a_component_put_in_place_of_another_follows_the_policy_of_its_name(poli
     assert not torch.equal(before, expected)
 
     pipe = build("flux")
-    pipe.enable_block_offload(device=device, components={"transformer": policy})
+    pipe.enable_block_offload(device=device, offload_ratio=1.0, components={"transformer": policy})
     assert torch.equal(run(pipe, "flux"), before)
     handle, old, weights = pipe.block_offload, pipe.transformer, weights_of(pipe.transformer)
     plan = plan_of(pipe, "transformer")
@@ -91,7 +91,7 @@ def test_a_component_taken_away_gets_its_weights_back_and_may_return(device):
     latents = run(
         pipe, "flux", output_type="latent", prompt=None, prompt_embeds=embeds, pooled_prompt_embeds=pooled
     )
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     taken = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "text_encoder_2")}
     pipe.vae = None
     pipe.text_encoder = None
@@ -174,7 +174,7 @@ def pipe_bytes(pipe) -> int:
 def test_one_that_fails_half_way_leaves_the_pipeline_as_it_was(monkeypatch, device):
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     run(pipe, "flux")
     new = other_transformer()
     weights = weights_of(new)
@@ -207,7 +207,7 @@ def test_in_the_middle_of_a_forward_it_is_refused_and_between_steps_it_counts(de
     expected = run(build("flux", device=device), "flux", callback_on_step_end=swap)
     pipe = build("flux")
     before = run(pipe, "flux") if device == "cpu" else None
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
 
     def within(*_):
         pipe.transformer = None
@@ -272,7 +272,7 @@ def test_a_wrapper_of_ones_own_takes_the_place_of_what_it_wraps(device):
     expected = run(pipe, "flux")
     assert not torch.equal(before, expected)
     pipe.transformer = model
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     pipe.transformer = Doubled(model)
     assert plan_of(pipe, "transformer").streamed
     assert torch.equal(run(pipe, "flux"), expected)
@@ -307,7 +307,7 @@ def test_who_uses_tensors_of_a_component_that_left_has_them_to_itself(leaves, de
     expected = using.to(device)(x.to(device))
     using.to("cpu")
     pipe.register_modules(image_encoder=using, feature_extractor=None)
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     assert torch.equal(using(x.to(device)), expected)
     leaves(pipe)
     pipe.block_offload.call_ended()
@@ -352,7 +352,7 @@ def test_a_second_pipeline_without_enabling_runs_right_and_leaves_nothing_on_the
 
     pipe = build("flux", device=device)
     expected, varied = run(pipe, "flux"), variation(second(pipe))
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     other = second(pipe)
     assert other.block_offload is None
     assert other.device == other._execution_device == pipe.device

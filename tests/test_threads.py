@@ -28,7 +28,7 @@ def in_threads(*jobs):
 def test_calls_of_one_pipeline_follow_one_another(device):
     pipe = build("flux", device=device)
     expected = [run(pipe, "flux", seed=seed) for seed in SEEDS]
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     found = in_threads(*(lambda seed=seed: run(pipe, "flux", seed=seed) for seed in SEEDS))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert pipe.block_offload.report().forwards
@@ -39,9 +39,9 @@ def test_pipelines_that_share_their_components_follow_one_another(device):
 
     pipe = build("flux", device=device)
     expected = [run(pipe, "flux", seed=seed) for seed in SEEDS]
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     others = [pipe, FluxPipeline.from_pipe(pipe, torch_dtype=torch.float32), FluxPipeline(**pipe.components)]
-    others[1].enable_block_offload(device=device)
+    others[1].enable_block_offload(device=device, offload_ratio=1.0)
     for other in others:
         other.set_progress_bar_config(disable=True)
     jobs = [lambda s=s: run(others[s % len(others)], "flux", seed=s) for s in SEEDS]
@@ -53,7 +53,7 @@ def test_two_pipelines_run_side_by_side(device):
     pipes = [build(name, device=device) for name in names]
     expected = [[run(pipe, name, seed=s) for s in range(3)] for pipe, name in zip(pipes, names, strict=True)]
     for pipe in pipes:
-        pipe.to("cpu").enable_block_offload(device=device)
+        pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     jobs = [
         lambda pipe=pipe, name=name: [run(pipe, name, seed=s) for s in range(3)]
         for pipe, name in zip(pipes, names, strict=True)
@@ -78,7 +78,7 @@ def test_forwards_of_one_module_from_many_threads(device):
             return [model(**inputs).sample.cpu() for _ in range(4)]
 
     expected = [job(seed) for seed in SEEDS]
-    handle = diffusers_offload.enable_block_offload(model.to("cpu"), device=device)
+    handle = diffusers_offload.enable_block_offload(model.to("cpu"), device=device, offload_ratio=1.0)
     for found, right in zip(in_threads(*(lambda s=s: job(s) for s in SEEDS)), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
     assert not handle._engine.busy
@@ -97,7 +97,7 @@ def test_a_block_and_a_layer_called_from_another_thread_wait_their_turn(device):
             return [each for _ in range(20) for each in (block(y)[0], layer(x))]
 
     right = alone()
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
 
     def held():
         with pipe.block_offload.calling():
@@ -162,7 +162,7 @@ def test_whoever_changes_something_waits_for_the_call_under_way():
 def test_a_call_that_fails_lets_the_others_pass(error, device):
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
 
     def fail(*_):
         raise error
@@ -193,7 +193,7 @@ def test_a_hook_that_fails_before_the_forward_lets_the_others_pass(place, device
 
     pipe = build("flux", device=device)
     expected = run(pipe, "flux")
-    pipe.to("cpu").enable_block_offload(device=device)
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
     hook = Failing()
     add_hook_to_module(pipe.transformer.get_submodule(place), hook, append=True)
     with pytest.raises(KeyError):

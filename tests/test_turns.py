@@ -44,14 +44,14 @@ def stems_brought(pipe, name, steps):
 def test_a_controlnet_and_its_transformer_come_once_a_call(device):
     name = "flux-controlnet"
     pipe = build(name)
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     run(pipe, name, num_inference_steps=5)
     assert stems_brought(pipe, name, 5).count("transformer") == 1
 
 
 def test_the_two_transformers_of_wan_follow_one_another(device):
     pipe = build("wan22")
-    pipe.enable_block_offload(device=device)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0)
     run(pipe, "wan22", num_inference_steps=5)
     present = []
     engine = pipe.block_offload._engine

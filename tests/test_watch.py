@@ -41,7 +41,7 @@ def test_strays_move_to_the_stem_and_nothing_else_does(device):
     x = torch.randn(2, 8, device=device)
     expected = net(x)
     net.to("cpu")
-    handle = diffusers_offload.enable_block_offload(net, device=device)
+    handle = diffusers_offload.enable_block_offload(net, device=device, offload_ratio=1.0)
     for _ in range(4):
         assert torch.equal(net(x), expected)
     component = handle._engine.components[0]
@@ -73,7 +73,7 @@ def test_looking_at_a_weight_is_no_use(device):
             return x
 
     net = Curious().requires_grad_(False)
-    handle = diffusers_offload.enable_block_offload(net, device=device)
+    handle = diffusers_offload.enable_block_offload(net, device=device, offload_ratio=1.0)
     net(torch.randn(2, 8, device=device))
     assert not handle._engine.components[0].stem
     assert handle._engine.components[0].known
@@ -81,7 +81,7 @@ def test_looking_at_a_weight_is_no_use(device):
 
 def test_an_exception_while_watching_ends_the_watch(device):
     net = Net().requires_grad_(False)
-    handle = diffusers_offload.enable_block_offload(net, device=device)
+    handle = diffusers_offload.enable_block_offload(net, device=device, offload_ratio=1.0)
     with pytest.raises(RuntimeError):
         net(torch.randn(2, 9, device=device))
     assert torch.overrides._get_current_function_mode() is None
@@ -118,7 +118,7 @@ def test_dit_reads_the_embedder_of_its_first_block(device):
     }
     expected = model(**inputs).sample
     model.to("cpu")
-    handle = diffusers_offload.enable_block_offload(model, device=device)
+    handle = diffusers_offload.enable_block_offload(model, device=device, offload_ratio=1.0)
     for _ in range(3):
         assert torch.equal(model(**inputs).sample, expected)
     stem = {id(t) for unit in handle._engine.components[0].stem for t in unit.weights.tensors}

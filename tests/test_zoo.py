@@ -26,7 +26,7 @@ def test_offloaded_equals_resident(name, granularity, device):
     )
     pipe.to("cpu")
 
-    pipe.enable_block_offload(device=device, offload_granularity=granularity)
+    pipe.enable_block_offload(device=device, offload_ratio=1.0, offload_granularity=granularity)
     assert any(len(component.streamed) >= 2 for component in pipe.block_offload.plan.components)
     assert torch.equal(run(pipe, name, device), expected)
     with no_weight_used_while_offloaded(pipe, but=recipe.reads):

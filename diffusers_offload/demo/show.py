@@ -98,7 +98,10 @@ def show(
         weights = weight_bytes(pipe)
         _say("Enabling block offload")
         begin = time.perf_counter()
-        pipe.enable_block_offload(device=device, offload_ratio=offload_ratio)
+        ratio = (
+            1.0 if offload_ratio is None else offload_ratio
+        )  # a demo of offloading, even where all would fit
+        pipe.enable_block_offload(device=device, offload_ratio=ratio)
         handle, seconds = pipe.block_offload, time.perf_counter() - begin
         plan = handle.plan
         _say(f"Enabled in {seconds:.1f} s; the plan:\n\n{plan}\n")

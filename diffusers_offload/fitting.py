@@ -59,7 +59,8 @@ def fit(
     if limits.device is None:
         return request, targets
     if device.type != "cpu" and request.decides and _all_fits(targets, limits.device):
-        return request, [target.resident() for target in targets]
+        named = request.by_name
+        return request, [each if each.name in named else each.resident() for each in targets]
     refused: ValueError | None = None
     for granularity in _finer(request):
         finer = replace(request, default=replace(request.default, granularity=granularity))

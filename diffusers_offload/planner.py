@@ -100,10 +100,11 @@ class Plan:
             )
             for component in self.components
         ]
+        notes = "".join(f"\n{c.name}: {c.note}" for c in self.components if c.note)
         return (
             f"{table(header, rows)}\n"
             f"arena {size_text(self.arena_bytes)}; weights on {self.device} at most "
-            f"{size_text(self.device_bytes)}, on the host {size_text(self.host_bytes)}"
+            f"{size_text(self.device_bytes)}, on the host {size_text(self.host_bytes)}{notes}"
         )
 
 

@@ -85,7 +85,7 @@ def on_device(handle):
 @pytest.mark.parametrize(
     "request_of",
     [
-        lambda denoiser: {},
+        lambda denoiser: {"offload_ratio": 1.0},
         lambda denoiser: {"offload_ratio": 0.5},
         lambda denoiser: {"offload_granularity": "model", "components": {denoiser: "block"}},
         lambda denoiser: {

@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline
 from helpers import build, run, weights_of
 
 ARGUMENTS = {
-    "streamed": {},
+    "streamed": {"offload_ratio": 1.0},
     "half": {"offload_ratio": 0.5},
     "resident": {"offload_granularity": "resident"},
     "model": {"offload_granularity": "model"},
@@ -55,7 +55,7 @@ def test_everything_that_is_asked_of_a_module(name, arguments, device):
     check(pipe)
     run(pipe, name, callback_on_step_end=check)
     check(pipe)
-    if arguments == {}:
+    if arguments == ARGUMENTS["streamed"]:
         assert {pipe.vae.device.type, next(iter(modules_of(pipe).values())).device.type} == {"cpu"}
 
 

@@ -39,6 +39,8 @@ def poisoned(handle: OffloadHandle) -> Iterator[None]:
     true_views = {}
     for engine in engines:
         engine.call_ended()
+        for component in engine.components:
+            component.checked = True
     for unit in units:
         weights = unit.weights
         if weights.host is None:
@@ -110,15 +112,17 @@ def check(
     ratio: float = 1.0,
     device: str = "cpu",
     poison: bool = True,
+    resident: nn.Module | None = None,
 ) -> None:
     """The module, offloaded, gives the same as resident in each of `steps`, then in all of them again.
 
     Args:
         steps: functions of the module and of its device, each of which runs it once or more.
+        resident: the same module once more, where it cannot be copied.
         poison: whether the second round may be `poisoned`.
     """
     module = module.eval().requires_grad_(False)
-    resident = copy.deepcopy(module).to(device)
+    resident = (resident or copy.deepcopy(module)).eval().requires_grad_(False).to(device)
     expected = [_flat(step(resident, device)) for step in (*steps, *steps)]
     handle = diffusers_offload.enable_block_offload(
         module, device=device, offload_granularity=granularity, offload_ratio=ratio

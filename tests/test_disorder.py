@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
+import pytest
 import torch
+from diffusers import LayerSkipConfig
+from diffusers.hooks.layer_skip import apply_layer_skip
+from helpers import build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from poison import check
@@ -74,5 +81,140 @@ def test_blocks_of_any_size_in_any_order(blocks, orders, granularity, ratio, dev
     torch.manual_seed(0)
     module = Scheduled(Block(*block) for block in blocks)
     orders = [[number % len(blocks) for number in order] for order in orders]
-    orders = [range(len(blocks)), *orders]  # see test_a_block_first_run_late_...
+    orders = [range(len(blocks)), *orders]  # units that run late are another matter: see test_odd_blocks
     check(module, [_in_order(order) for order in orders], granularity, ratio, device)
+
+
+# --- real models in random order ---------------------------------------------------------------------------
+
+
+@functools.cache
+def _flux() -> nn.Module:
+    return build("flux").transformer.requires_grad_(False)
+
+
+@functools.cache
+def _sd3() -> nn.Module:
+    return build("sd3").transformer.requires_grad_(False)
+
+
+@functools.cache
+def _unet() -> nn.Module:
+    return build("sdxl").unet.requires_grad_(False)
+
+
+def _lists(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The lists whose blocks can take each other's place, as they were at first."""
+    if not hasattr(model, "lists_at_first"):
+        model.lists_at_first = {
+            name: list(part)
+            for name, part in model.named_modules()
+            if isinstance(part, nn.ModuleList) and name.endswith("transformer_blocks")
+        }
+    return model.lists_at_first
+
+
+def _put_in_order(model: nn.Module, draws: list[int]) -> None:
+    """Skip, repeat and exchange blocks, as `draws` say; the last one of each list, often a special one, stays."""
+    for count, (name, blocks) in enumerate(_lists(model).items()):
+        chosen = [blocks[draw * (count + 1) % len(blocks)] for draw in draws]
+        chosen = [block for block in chosen if block is not blocks[-1]]
+        model.get_submodule(name)._modules = {str(i): b for i, b in enumerate([*chosen, blocks[-1]])}
+
+
+def _flux_inputs(model: nn.Module, device: str, seed: int, controls: int) -> dict:
+    config, samples = (
+        model.config,
+        [_noise(1, 6, model.inner_dim, seed=i).to(device) for i in range(controls)],
+    )
+    return {
+        "hidden_states": _noise(1, 6, config.in_channels, seed=seed).to(device),
+        "encoder_hidden_states": _noise(1, 5, config.joint_attention_dim, seed=seed).to(device),
+        "pooled_projections": _noise(1, config.pooled_projection_dim, seed=seed).to(device),
+        "timestep": torch.tensor([seed / 10], device=device),
+        "img_ids": torch.arange(18.0).view(6, 3).to(device),
+        "txt_ids": torch.zeros(5, 3, device=device),
+        "guidance": torch.tensor([3.5], device=device),
+        "controlnet_block_samples": samples or None,
+        "controlnet_single_block_samples": samples[:1] or None,
+    }
+
+
+def _sd3_inputs(model: nn.Module, device: str, seed: int, skipped: int) -> dict:
+    config = model.config
+    return {
+        "hidden_states": _noise(1, config.in_channels, 8, 8, seed=seed).to(device),
+        "encoder_hidden_states": _noise(1, 5, config.joint_attention_dim, seed=seed).to(device),
+        "pooled_projections": _noise(1, config.pooled_projection_dim, seed=seed).to(device),
+        "timestep": torch.tensor([seed * 10], device=device),
+        "skip_layers": [skipped] if skipped else None,
+    }
+
+
+def _unet_inputs(model: nn.Module, device: str, seed: int, extra: int) -> dict:
+    config = model.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return {
+        "sample": _noise(1, config.in_channels, 8, 8, seed=seed).to(device),
+        "timestep": torch.tensor(seed * 10, device=device),
+        "encoder_hidden_states": _noise(1, 5, config.cross_attention_dim, seed=seed).to(device),
+        "added_cond_kwargs": {
+            "text_embeds": _noise(1, pooled, seed=seed).to(device),
+            "time_ids": torch.arange(6.0, device=device)[None],
+        },
+    }
+
+
+MODELS = {"flux": (_flux, _flux_inputs), "sd3": (_sd3, _sd3_inputs), "unet": (_unet, _unet_inputs)}
+
+
+def _real_step(inputs, number: int, draws: list[int] | None, extra: int):
+    def step(model: nn.Module, device: str):
+        blocks = max(map(len, _lists(model).values()))
+        _put_in_order(model, draws if draws is not None else list(range(blocks)))
+        try:
+            return model(**inputs(model, device, number, extra)).sample
+        finally:
+            _put_in_order(model, list(range(blocks)))
+
+    return step
+
+
+@settings(
+    deadline=None,
+    max_examples=5,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    draws=st.lists(
+        st.tuples(st.lists(st.integers(0, 9), max_size=6), st.integers(0, 2)), min_size=2, max_size=3
+    ),
+    ratio=st.sampled_from(RATIOS),
+)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_real_models_with_blocks_skipped_repeated_and_exchanged(name, granularity, draws, ratio, device):
+    model, inputs = MODELS[name]
+    steps = [_real_step(inputs, 0, None, 0)]
+    steps += [_real_step(inputs, number + 1, *draw) for number, draw in enumerate(draws)]
+    check(copy.deepcopy(model()), steps, granularity, ratio, device)
+
+
+SKIPPED = {
+    "flux": LayerSkipConfig([1], "transformer_blocks", skip_attention=False),
+    "sd3": LayerSkipConfig([0, 2], "transformer_blocks"),  # whole blocks, the first among them
+}
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", SKIPPED)
+def test_layers_that_a_hook_of_diffusers_skips(name, granularity, device):
+    model, inputs = MODELS[name]
+
+    def skipping() -> nn.Module:
+        made = copy.deepcopy(model())
+        apply_layer_skip(made, SKIPPED[name])
+        return made
+
+    steps = [_real_step(inputs, number, None, 0) for number in range(3)]
+    check(skipping(), steps, granularity, device=device, resident=skipping())

@@ -8,7 +8,7 @@ stay where they were until others come. `poisoned` takes both away, also from ke
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -28,14 +28,21 @@ POISON = 0xFF  # in every byte: NaN in all floating dtypes, an index out of rang
 
 
 @contextmanager
-def poisoned(handle: OffloadHandle) -> Iterator[None]:
+def poisoned(handle: OffloadHandle, but: Iterable[str] = ()) -> Iterator[None]:
     """Within, weights read as NaN but while they are loaded, and a unit leaves as soon as it was used.
 
     What the forwards write to weights is kept. Enter it once nothing is taken apart anew any longer; the
     weights must not be edited within.
+
+    Args:
+        but: names of weights that may be read at any time, "vae.bn.running_mean".
     """
     engines = {held.engine for held in handle._held.values()}
     units = [unit for engine in engines for c in engine.components for unit in c.units]
+    spared = set()
+    for name, module in handle.components.items():
+        named = (*module.named_parameters(), *module.named_buffers())
+        spared |= {id(tensor) for path, tensor in named if f"{name}.{path}" in but}
     true_views = {}
     for engine in engines:
         engine.call_ended()
@@ -47,7 +54,9 @@ def poisoned(handle: OffloadHandle) -> Iterator[None]:
             continue
         assert unit.state is State.OFFLOADED
         true_views[id(weights)] = weights._host_views
-        _show(weights, slab.views(weights.layout, torch.full_like(weights.host.bytes, POISON)))
+        bad = slab.views(weights.layout, torch.full_like(weights.host.bytes, POISON))
+        pairs = zip(weights.tensors, weights._host_views, bad, strict=True)
+        _show(weights, [good if id(tensor) in spared else view for tensor, good, view in pairs])
 
     def write_back(weights: Weights, changed) -> None:
         for i in changed:

@@ -7,13 +7,15 @@ import functools
 
 import pytest
 import torch
-from diffusers import LayerSkipConfig
+from diffusers import DiffusionPipeline, LayerSkipConfig
 from diffusers.hooks.layer_skip import apply_layer_skip
 from helpers import build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from poison import check
+from poison import check, poisoned
 from torch import nn
+
+from diffusers_offload import OffloadPolicy
 
 GRANULARITIES = ("block", "phase", "leaf")
 RATIOS = (0.0, 0.3, 1.0)
@@ -42,8 +44,18 @@ class Block(nn.Module):
         return torch.tanh(x + y * self.last)
 
 
+class Stop(Exception):
+    pass
+
+
 class Scheduled(nn.Module):
-    """Runs its blocks in the order that it is told."""
+    """Runs its blocks in the order that it is told; what is no number of a block makes it fail there."""
+
+    dtype = torch.float32  # which pipelines ask for
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
 
     def __init__(self, blocks):
         super().__init__()
@@ -56,6 +68,8 @@ class Scheduled(nn.Module):
     def forward(self, x, order):
         x = self.embed(x)
         for number in order:
+            if number >= len(self.blocks):
+                raise Stop
             x = self.blocks[number](x)
         return self.out(x)
 
@@ -64,8 +78,15 @@ def _noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _in_order(order):
-    return lambda module, device: module(_noise(3, WIDTH).to(device), order=order)
+def _in_order(order, inference: bool = False):
+    def step(module, device):
+        try:
+            with torch.inference_mode(inference):
+                return module(_noise(3, WIDTH).to(device), order=order)
+        except Stop:
+            return torch.zeros(1)
+
+    return step
 
 
 _DTYPES = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64])
@@ -73,7 +94,7 @@ _BLOCKS = st.lists(st.tuples(st.integers(1, 80), _DTYPES), min_size=2, max_size=
 _ORDERS = st.lists(st.lists(st.integers(0, 99), max_size=12), min_size=3, max_size=6)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     blocks=_BLOCKS, orders=_ORDERS, granularity=st.sampled_from(GRANULARITIES), ratio=st.sampled_from(RATIOS)
 )
@@ -83,6 +104,64 @@ def test_blocks_of_any_size_in_any_order(blocks, orders, granularity, ratio, dev
     orders = [[number % len(blocks) for number in order] for order in orders]
     orders = [range(len(blocks)), *orders]  # units that run late are another matter: see test_odd_blocks
     check(module, [_in_order(order) for order in orders], granularity, ratio, device)
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    orders=st.lists(
+        st.tuples(st.lists(st.integers(0, 5), max_size=10), st.booleans()), min_size=3, max_size=6
+    ),
+    granularity=st.sampled_from(GRANULARITIES),
+    ratio=st.sampled_from(RATIOS),
+)
+def test_forwards_that_fail_anywhere_between_others(orders, granularity, ratio, device):
+    torch.manual_seed(0)
+    module = Scheduled(Block(hidden) for hidden in (16, 80, 3, 40, 40))  # the number 5 fails
+    steps = [_in_order(range(5)), *(_in_order(*order) for order in orders)]
+    check(module, steps, granularity, ratio, device)
+
+
+class Pair(DiffusionPipeline):
+    """Two components that hold some of the same blocks, run in any order and one within the other's step."""
+
+    def __init__(self, first: nn.Module, second: nn.Module):
+        super().__init__()
+        self.register_modules(first=first, second=second)
+
+    @torch.no_grad()
+    def __call__(self, orders):
+        x = _noise(3, WIDTH).to(self._execution_device)
+        for use_second, order in orders:
+            x = torch.tanh(
+                (self.second if use_second else self.first)(x, order=[number % 4 for number in order])
+            )
+        self.maybe_free_model_hooks()
+        return x.cpu()
+
+
+def _pair() -> Pair:
+    torch.manual_seed(0)
+    blocks = [Block(hidden) for hidden in (16, 80, 3, 40, 40, 20)]
+    return Pair(Scheduled(blocks[:4]), Scheduled([blocks[3], blocks[4], blocks[1], blocks[5]]))
+
+
+_POLICIES = st.sampled_from([*GRANULARITIES, "model", "resident", OffloadPolicy("phase", 0.5)])
+_TURNS = st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 3), max_size=6)), min_size=1, max_size=5)
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(calls=st.lists(_TURNS, min_size=2, max_size=4), first=_POLICIES, second=_POLICIES)
+def test_blocks_that_two_components_share(calls, first, second, device):
+    pipe, resident = _pair(), _pair().to(device)
+    everything = [(False, range(4)), (True, range(4))]
+    pipe.enable_block_offload(device=device, components={"first": first, "second": second})
+    for orders in (everything, *calls):
+        assert torch.equal(pipe(orders), resident(orders))
+    with poisoned(pipe.block_offload):
+        for orders in calls:
+            assert torch.equal(pipe(orders), resident(orders)), "what is not loaded being NaN"
+    pipe.disable_block_offload()
+    assert torch.equal(pipe.to(device)(everything), resident(everything))
 
 
 # --- real models in random order ---------------------------------------------------------------------------
@@ -182,7 +261,7 @@ def _real_step(inputs, number: int, draws: list[int] | None, extra: int):
 
 @settings(
     deadline=None,
-    max_examples=5,
+    max_examples=4,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(

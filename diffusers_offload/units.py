@@ -17,6 +17,11 @@ from torch import nn
 
 from . import slab
 
+FUSED = (
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+)  # may run as one kernel, past their parts' forwards
+
 _STAGE_SHARE = 1 / 16  # of the component's bytes: from here on an element is worth splitting
 _STAGE_COVERAGE = 0.5  # of the element's bytes that must lie in block lists of its own
 _COPY = 4 * 2**20  # bytes from which on a copy runs at the bus's rate: smaller neighbours travel together
@@ -188,6 +193,8 @@ def _identity(tensor: torch.Tensor) -> object:
 def _drafts(name: str, block: nn.Module, granularity: str, findings: Findings) -> list[_Draft]:
     if granularity == "block" and block not in findings.bypassed:
         return [_Draft(name, (block,), block)]
+    if isinstance(block, FUSED) and block not in findings.bypassed:
+        return [_Draft(name, (block,), block)]
     split = _leaves if granularity == "leaf" else _phases
     found = [_Draft(path, (part,), block) for path, part in split(block, name, findings.bypassed)]
     if not found:  # a block that is a single layer, or whose parts cannot be told apart
@@ -246,7 +253,8 @@ def _is_leaf(module: nn.Module) -> bool:
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False
     own = sum(p.numel() * p.element_size() for p in module._parameters.values() if p is not None)
-    return type(module).__module__.startswith("torch.nn.") or own > _STAGE_COVERAGE * _nbytes(module)
+    torchs_own = isinstance(module, FUSED) or type(module).__module__.startswith("torch.nn.")
+    return torchs_own or own > _STAGE_COVERAGE * _nbytes(module)
 
 
 def _join_small(drafts: Sequence[_Draft]) -> list[_Draft]:

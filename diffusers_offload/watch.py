@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .component import State, Unit
+from .units import FUSED
 
 # What an unloaded weight answers correctly: what it is, not what it holds. `device` is not among them:
 # who asks where a weight lies wants to compute there.
@@ -78,6 +79,7 @@ class Watch(TorchFunctionMode):
         watched: whether a tensor is one to look at.
         found: makes the tensor usable.
         seen_by: called with a tensor that `found` was called with, if the call's result looks at its bytes.
+        roots: modules within which torch's attention layers are left alone (see `left_alone`).
     """
 
     def __init__(
@@ -85,11 +87,23 @@ class Watch(TorchFunctionMode):
         watched: Callable[[torch.Tensor], bool],
         found: Callable[[torch.Tensor], None],
         seen_by: Callable[[torch.Tensor], None] = lambda tensor: None,
+        roots: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__()
+        self._roots = list(roots)
+        self._left_alone = ExitStack()
         self._watched = watched
         self._found = found
         self._seen_by = seen_by
+
+    def __enter__(self) -> Watch:
+        for root in self._roots:
+            self._left_alone.enter_context(left_alone(root))
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._left_alone.close()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
@@ -117,7 +131,9 @@ def watch_units(
     Args:
         cling: called with a unit whose bytes the result of such a use looks at.
     """
+    units = list(units)
     unit_of = {id(tensor): unit for unit in units for tensor in unit.weights.tensors}
+    roots = {id(unit.component): unit.component.module for unit in units}
 
     def watched(tensor: torch.Tensor) -> bool:
         unit = unit_of.get(id(tensor))
@@ -129,7 +145,7 @@ def watch_units(
         opened = unit.opener is not None and id(tensor) not in unit.opened
         return unit.depth <= 0 and (opened or unit.clings or unit.component.late is unit)
 
-    return Watch(watched, lambda t: use(unit_of[id(t)], t), lambda t: cling(unit_of[id(t)]))
+    return Watch(watched, lambda t: use(unit_of[id(t)], t), lambda t: cling(unit_of[id(t)]), roots.values())
 
 
 @contextmanager
@@ -140,28 +156,30 @@ def left_alone(module: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for part in module.modules():
-            if isinstance(part, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            if isinstance(part, (*FUSED, nn.TransformerEncoder)):
                 stack.enter_context(_without_modes(part))
         yield
 
 
 @contextmanager
 def _without_modes(module: nn.Module) -> Iterator[None]:
-    forward, shadowed = module.forward, module.__dict__.get("forward")
+    # Under a hook, what it wraps: the hook's own part may look on, and the forward may be under way already.
+    name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    forward, shadowed = getattr(module, name), module.__dict__.get(name)
 
     @functools.wraps(forward)
     def alone(*args: Any, **kwargs: Any) -> Any:
         with torch._C.DisableTorchFunction():
             return forward(*args, **kwargs)
 
-    module.forward = alone
+    setattr(module, name, alone)
     try:
         yield
     finally:
         if shadowed is None:
-            del module.forward
+            delattr(module, name)
         else:
-            module.forward = shadowed
+            setattr(module, name, shadowed)
 
 
 def runs_within(modules: Iterable[nn.Module]) -> bool:

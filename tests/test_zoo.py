@@ -4,6 +4,7 @@ import pytest
 import torch
 import zoo
 from helpers import no_weight_used_while_offloaded
+from poison import poisoned
 
 GRANULARITIES = ("block", "phase", "leaf")
 
@@ -30,6 +31,8 @@ def test_offloaded_equals_resident(name, granularity, device):
     assert any(len(component.streamed) >= 2 for component in pipe.block_offload.plan.components)
     assert torch.equal(run(pipe, name, device), expected)
     with no_weight_used_while_offloaded(pipe, but=recipe.reads):
+        assert torch.equal(run(pipe, name, device), expected)
+    with poisoned(pipe.block_offload, but=(*recipe.reads, "vae.latents_mean", "vae.latents_std")):
         assert torch.equal(run(pipe, name, device), expected)
 
     pipe.disable_block_offload()

@@ -289,6 +289,9 @@ class Engine:
         component = unit.component
         if component.late is not None and component.late is not unit:
             self._release_late(component)
+        if component.watch is None and component.depth and unit not in component.met:
+            component.known = False  # nobody has seen yet what it does
+            self._begin_watch(component)
         if component.watch is not None and not opening:
             component.ran.add(unit)
         if unit.state is State.IN_USE:
@@ -324,6 +327,8 @@ class Engine:
         if unit.state is not State.IN_USE:
             return
         unit.depth -= 1
+        if unit.depth <= 0 and unit.component.watch is not None:
+            self._look_for_views(unit)
         if unit.depth <= 0 and not unit.clings:
             stream = unit.stream
             self._retire(unit, stream)
@@ -382,6 +387,12 @@ class Engine:
         """Something that outlives the unit's forward looks at its bytes: they stay until the component's ends."""
         unit.clings = unit.state is State.IN_USE
 
+    def _look_for_views(self, unit: Unit) -> None:
+        """Views that outlive the use of the unit (it returned one, say) must not look at others' bytes."""
+        for tensor in unit.component.watch.views_left(unit.weights.tensors):
+            unit.component.strays.append(Stray(unit, tensor, within=False))
+            self.cling(unit)
+
     def _release_late(self, component: Component) -> None:
         late, component.late = component.late, None
         if late.depth <= 0:
@@ -399,6 +410,9 @@ class Engine:
             watch.__exit__(None, None, None)
             component.known = completed and not component.strays
             component.checked = component.checked and component.known
+            if component.known:
+                component.met |= component.ran
+        component.known = component.known and completed  # it may have failed for want of a weight: look again
         component.late = None
         for unit in component.streamed if watch is not None or not completed else ():
             unit.depth, unit.clings = 0, False

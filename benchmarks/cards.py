@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _one(model: torch.nn.Module, handle: Any, case: Case, device: torch.device) -> dict[str, Any]:
-    forward = forward_of(model, case, device)
+    forward = forward_of(model, case, "full", device)
     engine = handle._engine
     held = next(iter(handle.holds.values()))
     held.target = held.target.__class__(**{**vars(held.target), "flexible": True})

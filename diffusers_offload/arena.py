@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .component import Unit
 
 
-LOOKAHEAD = 32 * 2**20  # bytes of units outside the arena that may wait for their use; one may be of any size
+LOOKAHEAD = 48 * 2**20  # bytes of units outside the arena that may wait for their use; one may be of any size
 
 
 class Arena:

@@ -104,9 +104,11 @@ class Component:
         self.runs = 0  # forwards in this call
         self.surprise: list[int] | None = None  # the last order that the homes did not suit
         self.watch: Any = None  # looks for weights used past their unit, while the forward is new
+        self.watched = False  # the latest forward was looked at
         self.known = False  # a forward has run without finding one
         self.strays: list[Stray] = []  # found in the latest forward
         self.ran: set[Unit] = set()  # units whose own forward has run, while that is watched
+        self.met: set[Unit] = set()  # units that have run in a forward that was watched and found nothing
         self.late: Unit | None = None  # in use past its forward: released when the next one begins
 
     @property

@@ -348,6 +348,9 @@ class Engine:
         component = unit.component
         if component.late is not None and component.late is not unit:
             self._release_late(component)
+        if component.watch is None and component.depth and unit not in component.met:
+            component.known = False  # nobody has seen yet what it does
+            self._begin_watch(component)
         if component.watch is not None and not opening:
             component.ran.add(unit)
         if unit.state is State.IN_USE:
@@ -397,7 +400,11 @@ class Engine:
 
     def _finish(self, unit: Unit) -> None:
         """If nobody uses the unit any longer, its bytes are free."""
-        if unit.state is State.IN_USE and unit.depth <= 0 and not unit.clings:
+        if unit.state is not State.IN_USE or unit.depth > 0:
+            return
+        if unit.component.watch is not None:
+            self._look_for_views(unit)
+        if not unit.clings:
             stream = unit.stream
             self._retire(unit, stream)
             self.prefetch(stream)
@@ -463,6 +470,12 @@ class Engine:
         """Something that outlives the unit's forward looks at its bytes: they stay until the component's ends."""
         unit.clings = unit.state is State.IN_USE
 
+    def _look_for_views(self, unit: Unit) -> None:
+        """Views that outlive the use of the unit (it returned one, say) must not look at others' bytes."""
+        for tensor in unit.component.watch.views_left(unit.weights.tensors):
+            unit.component.strays.append(Stray(unit, tensor, within=False))
+            self.cling(unit)
+
     def _release_late(self, component: Component) -> None:
         late, component.late = component.late, None
         self._finish(late)
@@ -475,10 +488,14 @@ class Engine:
     def _let_go(self, component: Component, completed: bool) -> None:
         """The component's forward is over: so are those of its units, and what was learned counts."""
         watch, component.watch = component.watch, None
+        component.watched = watch is not None
         if watch is not None:
             watch.__exit__(None, None, None)
             component.known = completed and not component.strays
             component.checked = component.checked and component.known
+            if component.known:
+                component.met |= component.ran
+        component.known = component.known and completed  # it may have failed for want of a weight: look again
         component.late = None
         for unit in component.streamed if watch is not None or not completed else ():
             unit.depth, unit.clings = 0, False

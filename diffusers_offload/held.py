@@ -137,7 +137,7 @@ class Held:
         if recovery.remembers(self.module):
             return False
         if recovery.missed_a_weight(error, self.component, engine.device):
-            self.component.known = False  # so that the next forward is watched
+            logger.info("%s: a weight was used past its unit for the first time; run again and watched", name)
         elif recovery.is_out_of_memory(error) and self._make_room():
             engine.counters.shortages += 1
             logger.warning("%s: out of device memory; run again with less of the weights there", name)

@@ -27,7 +27,7 @@ def missed_a_weight(error: BaseException, component: Component, device: torch.de
     """
     return (
         isinstance(error, RuntimeError)
-        and component.known
+        and not component.watched
         and device.type != "cpu"
         and any(words in str(error) for words in ("same device", "should be the same", "is on cpu"))
     )

@@ -26,7 +26,7 @@ _STAGE_SHARE = 1 / 16  # of the component's bytes: from here on an element is wo
 _STAGE_COVERAGE = 0.5  # of the element's bytes that must lie in block lists of its own
 _COPY = 4 * 2**20  # bytes from which on a copy runs at the bus's rate: smaller neighbours travel together
 _COPY_SHARE = 1 / 8  # of the largest part: a small model's neighbours stay apart
-_TINY_SHARE = 1 / 256  # of the largest part: below, what leaves the device is not worth the copy
+_TINY_SHARE = 1 / 1024  # of the largest part: below, what leaves the device is not worth the copy
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def dissect(
     named = list(_blocks(module)) if blocks is None else _named(module, blocks)
     drafts = [draft for name, block in named for draft in _drafts(name, block, granularity, findings)]
     if granularity != "block":
-        drafts = _join_small([*drafts, *_outer_leaves(module, named)])
+        drafts = _join_small([*drafts, *_outer_leaves(module, named, granularity)])
     return _divide(module, [block for _, block in named], drafts, findings)
 
 
@@ -230,15 +230,19 @@ def _leaves(
             yield from _leaves(child, path, bypassed)
 
 
-def _outer_leaves(module: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[_Draft]:
+def _outer_leaves(
+    module: nn.Module, blocks: Sequence[tuple[str, nn.Module]], granularity: str
+) -> Iterator[_Draft]:
     """The leaves that lie in no block: embedders, projections.
 
-    The one that holds the first parameter stays: who asks a component for its device looks there.
+    Beside phases, the one that holds the first parameter stays: who asks a module for its device looks there,
+    and a text encoder's table of tokens is larger than its phases, which the arena is made for.
     """
     within = {id(part) for _, block in blocks for part in block.modules()}
     first = next(module.parameters(), None)
     for path, leaf in _leaves(module, "", ()):
-        if id(leaf) not in within and all(parameter is not first for parameter in leaf.parameters()):
+        stays = granularity == "phase" and any(parameter is first for parameter in leaf.parameters())
+        if id(leaf) not in within and not stays:
             yield _Draft(path, (leaf,), None)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -80,6 +81,7 @@ class Watch(TorchFunctionMode):
         found: makes the tensor usable.
         seen_by: called with a tensor that `found` was called with, if the call's result looks at its bytes.
         roots: modules within which torch's attention layers are left alone (see `left_alone`).
+        looked_at: whether a tensor is one whose views are remembered (see `views_left`).
     """
 
     def __init__(
@@ -88,8 +90,11 @@ class Watch(TorchFunctionMode):
         found: Callable[[torch.Tensor], None],
         seen_by: Callable[[torch.Tensor], None] = lambda tensor: None,
         roots: Iterable[nn.Module] = (),
+        looked_at: Callable[[torch.Tensor], bool] = lambda tensor: False,
     ) -> None:
         super().__init__()
+        self._looked_at = looked_at
+        self._views: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}  # and what they look at
         self._roots = list(roots)
         self._left_alone = ExitStack()
         self._watched = watched
@@ -115,10 +120,28 @@ class Watch(TorchFunctionMode):
         for tensor in strays:
             self._found(tensor)
         result = func(*args, **kwargs)
+        self._remember_views((*args, *kwargs.values()), result)
         for tensor in strays:
             if any(_same_memory(tensor, each) for each in _tensors((result,))):
                 self._seen_by(tensor)
         return result
+
+    def views_left(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Those of `tensors` that a view taken while this watched still looks at."""
+        wanted = {id(tensor) for tensor in tensors}
+        self._views = {key: pair for key, pair in self._views.items() if pair[0]() is not None}
+        origins = {id(origin): origin for _, origin in self._views.values()}
+        return [origin for key, origin in origins.items() if key in wanted]
+
+    def _remember_views(self, given: Iterable[Any], result: Any) -> None:
+        for tensor in _tensors(given):
+            view = self._views.get(id(tensor))
+            origin = view[1] if view is not None and view[0]() is tensor else tensor
+            if origin is tensor and not self._looked_at(tensor):
+                continue
+            for made in _tensors((result,)):
+                if made is not tensor and made is not origin and _same_memory(tensor, made):
+                    self._views[id(made)] = (weakref.ref(made), origin)
 
 
 def watch_units(
@@ -145,7 +168,13 @@ def watch_units(
         opened = unit.opener is not None and id(tensor) not in unit.opened
         return unit.depth <= 0 and (opened or unit.clings or unit.component.late is unit)
 
-    return Watch(watched, lambda t: use(unit_of[id(t)], t), lambda t: cling(unit_of[id(t)]), roots.values())
+    def in_use(tensor: torch.Tensor) -> bool:
+        unit = unit_of.get(id(tensor))
+        return unit is not None and unit.state is State.IN_USE
+
+    return Watch(
+        watched, lambda t: use(unit_of[id(t)], t), lambda t: cling(unit_of[id(t)]), roots.values(), in_use
+    )
 
 
 @contextmanager

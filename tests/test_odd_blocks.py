@@ -734,20 +734,12 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 REPLACE_WEIGHTS = {"replaces its buffer"}
 
 SILENT = "a batch norm in training mode writes its statistics without counting: the write is lost"
-OUTLIVES = "a view taken while the unit is in use outlives its use, and looks at other weights then"
 KEPT = "a view kept from one forward to the next looks at bytes that are others' by then"
-UNSEEN = "the watch ends with the first clean forward, also for units that did not run in it"
 LATE = "nobody watches any longer when the parent first uses a weight past its block"
 DEFECTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "batch norm": (SILENT, GRANULARITIES),
-    "gives a view of its parameter": (OUTLIVES, ("block",)),
-    "gives a view of its buffer": (OUTLIVES, ("block",)),
-    "a view left on the block": (OUTLIVES, ("block",)),
-    "views at the beginning": (OUTLIVES, ("phase", "leaf")),
     "a view kept for ever": (KEPT, ("phase",)),
     "a stray from the third step on": (LATE, GRANULARITIES),
-    "a block with a stray from the third step on": (UNSEEN, GRANULARITIES),
-    "a block with weights of its own from the third step on": (UNSEEN, ("phase", "leaf")),
 }
 
 
@@ -761,7 +753,8 @@ def test_odd_blocks(name, device):
 @pytest.mark.parametrize(
     ("name", "granularity"),
     [
-        pytest.param(name, each, marks=pytest.mark.xfail(strict=True, reason=reason))
+        # What a view that was kept looks at is a matter of luck.
+        pytest.param(name, each, marks=pytest.mark.xfail(strict=reason is not KEPT, reason=reason))
         for name, (reason, granularities) in DEFECTS.items()
         for each in granularities
     ],

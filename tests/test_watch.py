@@ -128,3 +128,49 @@ def test_dit_reads_the_embedder_of_its_first_block(device):
         for layer in ("timestep_embedder.linear_1", "timestep_embedder.linear_2")
         for kind in ("weight", "bias")
     } | {"transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"}
+
+
+class Moody(Net):
+    """Runs some of its blocks, uses a weight by hand, or fails, as it is told."""
+
+    def forward(self, x, count=4, stray=False, fails=False):
+        for block in list(self.blocks)[:count]:
+            x = block(x)
+        if fails:
+            raise ValueError("as told")
+        return x @ self.blocks[1].b.weight.T if stray else x
+
+
+def test_after_a_failure_the_next_forward_is_watched_again(device):
+    net = Moody().requires_grad_(False)
+    x = torch.randn(2, 8, device=device)
+    handle = diffusers_offload.enable_block_offload(net, device=device)
+    component = handle._engine.components[0]
+    net(x)
+    assert component.known
+    with pytest.raises(ValueError, match="as told"):
+        net(x, fails=True)
+    assert not component.known  # it may have failed for want of a weight
+    found = net(x, stray=True)
+    assert torch.equal(net(x, stray=True), found)
+    assert len(handle._engine.components[0].stem) == 1
+
+
+def test_a_block_that_runs_for_the_first_time_is_watched(device):
+    class Late(Block):
+        def forward(self, x):
+            return super().forward(x) @ self.others[0].a.weight
+
+    net = Moody().requires_grad_(False)
+    late = Late().requires_grad_(False)
+    late.others = (net.blocks[0],)  # a tuple: not a child
+    net.blocks[3] = late
+    x = torch.randn(2, 8, device=device)
+    handle = diffusers_offload.enable_block_offload(net, device=device)
+    net(x, count=3)
+    assert handle._engine.components[0].known
+    found = net(x)
+    assert handle._engine.components[0].strays
+    assert torch.equal(net(x), found)
+    assert [t is net.blocks[0].a.weight for u in handle._engine.components[0].stem for t in u.weights.tensors]
+    assert torch.overrides._get_current_function_mode() is None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .component import Component, Unit
     from .streams import Streams
 
-_RESERVE = 0.01  # of the bound: kept buffers are rounded up by the allocator
+_RESERVE = 0.025  # of the bound: the allocator rounds up, and fragments
 _TIGHTEN = 0.8  # of the bound, once the device has run out of memory below it
 _EXTRA_SLOTS = 2  # units that the arena may hold besides two, where that is worth more than keeping them
 
@@ -161,7 +161,8 @@ class DeviceBudget:
 
     def tighten(self) -> None:
         """The bound was too high: the device has less memory to give than was thought."""
-        self.limit = int(self.limit * _TIGHTEN)
+        reached = self._streams.peak() or self.limit
+        self.limit = int(min(self.limit, reached) * _TIGHTEN)
 
     def forget(self, component: Component) -> None:
         """The component is here no longer."""
@@ -172,6 +173,10 @@ class DeviceBudget:
         known = self._known.get((component, self._shapes.get(component)))
         repeats = component.runs > 1 or any(unit.keeps for unit in component.streamed)
         if known is None or not repeats:
+            return Choice()
+        if (
+            known.work is None and self._streams.asynchronous
+        ):  # what is kept is allocated, which would be timed
             return Choice()
         room = max(0, int(self.limit * (1 - _RESERVE)) - known.need - self._others)
         if not known.room * 0.98 <= room <= known.room * 1.02:  # what others have there may vary a little

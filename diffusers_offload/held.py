@@ -162,7 +162,7 @@ class Held:
             return False
         self.target = self.target.streaming()
         self.renew()
-        return True
+        return not self.component.residents
 
     def renew(self) -> None:
         """Take the component apart anew, with the tensors that it holds now and what was seen of their use."""

@@ -82,9 +82,8 @@ class Target:
         policy = self.policy
         if not policy.streams:
             policy = OffloadPolicy("block" if self.anatomy.parts else "model")
-        return replace(
-            self, policy=replace(policy, ratio=1.0) if policy.streams else policy, residents=frozenset()
-        )
+        policy = replace(policy, ratio=1.0) if policy.streams else policy
+        return replace(self, policy=policy, residents=frozenset(), stays=False, note="")
 
 
 def choose_residents(anatomy: Anatomy, policy: OffloadPolicy) -> frozenset[int]:

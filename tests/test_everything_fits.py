@@ -5,7 +5,8 @@ import torch
 from helpers import build, run
 
 from diffusers_offload.fitting import Limits, fit
-from diffusers_offload.policy import parse_request
+from diffusers_offload.handle import OffloadHandle
+from diffusers_offload.policy import OffloadPolicy, Request, parse_request
 from diffusers_offload.routing import plan_targets
 
 GPU = torch.device("cuda", 0)  # the decision needs none
@@ -58,19 +59,34 @@ def test_nothing_moves_on_a_card_with_room():
     assert report.resident_bytes
 
 
-@pytest.mark.gpu
-def test_a_card_that_fills_up_later():
+def test_a_card_that_fills_up_later(device):
+    """What was to stay streams once memory has run out."""
     pipe = build("flux")
-    expected = run(pipe.to("cuda"), "flux")
-    pipe.to("cpu").enable_block_offload()
-    handle = pipe.block_offload
+    expected = run(pipe.to(device), "flux")
+    pipe.to("cpu")
+    if device == "cpu":  # the decision is an accelerator's
+        targets = [target.resident() for target in route(pipe, torch.device("cpu"))]
+        handle = OffloadHandle(targets, torch.device("cpu"), Request(OffloadPolicy(), {}, True), 2**40)
+    else:
+        pipe.enable_block_offload(device=device)
+        handle = pipe.block_offload
+    assert not any(component.streamed for component in handle.plan.components)
+    assert torch.equal(run(pipe, "flux"), expected)
 
     def fail(*_):
-        if handle.report().resident_bytes:
+        if any(component.residents for component in handle.plan.components):
             raise torch.OutOfMemoryError("out of memory")
 
     hook = pipe.transformer.proj_out.register_forward_pre_hook(fail)
     assert torch.equal(run(pipe, "flux"), expected)
     hook.remove()
     assert handle.report().uses
+    assert handle.report().shortages == 1
     assert torch.equal(run(pipe, "flux"), expected)
+    handle.disable()
+    assert torch.equal(run(pipe.to(device), "flux"), expected)
+
+
+def route(pipe, device):
+    modules = pipe._offloadable_modules()
+    return plan_targets(modules, parse_request("block", None, None, tuple(modules)), device)

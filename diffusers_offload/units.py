@@ -121,7 +121,7 @@ def chunks(tensors: Sequence[torch.Tensor], limit: int) -> list[list[torch.Tenso
             group_of[storage].append(tensor)
             continue
         nbytes = tensor.numel() * tensor.element_size()
-        if size + nbytes > limit:
+        if not groups or size + nbytes > limit:
             groups.append([])
             size = 0
         groups[-1].append(tensor)

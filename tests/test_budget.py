@@ -49,7 +49,7 @@ def test_sizes_as_accelerate_reads_them():
 def test_a_budget_that_holds_no_units_at_all_is_refused():
     pipe = build("flux")
     with pytest.raises(
-        ValueError, match=r"max_device_memory=1000 is .* too little.*what of transformer does not stream"
+        ValueError, match=r"max_device_memory=1000 is .* too little.*for the layers of transformer"
     ):
         pipe.enable_block_offload(device="cpu", max_device_memory=1000)
     assert pipe.block_offload is None

@@ -84,6 +84,7 @@ class DeviceBudget:
         self._streams = streams
         self._known: dict[tuple[Component, tuple], _Known] = {}
         self._shapes: dict[Component, tuple] = {}
+        self._running: Component | None = None  # whose forward is measured
         self._others = 0  # bytes on the device that are neither weights of ours nor the forward's
         self._others_reserved = 0
         self.stopwatch: Stopwatch | None = None  # of the forward under way, if it is timed
@@ -95,6 +96,7 @@ class DeviceBudget:
             weights: bytes of its weights, and the arena's, on the device now; what else is there is others'.
         """
         streams = self._streams
+        self._running = component
         self._shapes[component] = shapes
         known = self._known.get((component, shapes))
         self.seen = max(self.seen, streams.peak())
@@ -107,16 +109,17 @@ class DeviceBudget:
         self.stopwatch = Stopwatch(streams) if timed else None
         return self._choose(component)
 
-    def end(self, component: Component, weights: int, slack: int) -> Choice:
-        """What `component` may keep from now on, its forward being over.
+    def end(self, component: Component, weights: int, slack: int) -> Choice | None:
+        """What `component` may keep from now on, its forward being over; None if it has no say in that.
 
         Args:
             weights: bytes of weights that were on the device for it anyway.
             slack: bytes of the arena that it could do without.
         """
         component.runs += 1
-        if component not in self._shapes:  # another component keeps blocks while this one runs
-            return Choice()
+        if self._running is not component:  # another component keeps units while this one runs
+            return None
+        self._running = None
         key = component, self._shapes[component]
         known = self._known.get(key)
         kept = component.kept_bytes + slack
@@ -133,6 +136,10 @@ class DeviceBudget:
                 known.work, known.rate = read
                 known.room = -1
         return self._choose(component)
+
+    def abandon(self) -> None:
+        """The forward under way has failed: what it took says nothing."""
+        self._running, self.stopwatch = None, None
 
     def exceeded_by(self, component: Component) -> bool:
         """Whether `component` was seen to need more than the bound, with nothing kept."""

@@ -17,17 +17,16 @@ from typing import Any
 
 import torch
 
-from .arena import LOOKAHEAD, Arena, capacity_for
+from .arena import LOOKAHEAD, Arena
 from .budget import Choice, DeviceBudget
-from .component import WAITING, Component, State, Stray, Unit
-from .order import Order
+from .component import WAITING, Component, State, Unit
+from .homes import Homes
+from .learning import Learning
 from .report import Counters
 from .stems import Stems
 from .streams import Streams
 from .transfers import Transfers, renewed
 from .turns import Turns
-from .units import own_tensors
-from .watch import runs_within, watch_units
 
 _EMPTY_CACHE_FROM = 64 * 2**20  # bytes worth a cudaFree once a component has left
 
@@ -41,11 +40,10 @@ class Engine:
         self.device = streams.device
         self.counters = Counters(streams=streams)
         self.components: list[Component] = []
-        self.units: list[Unit] = []  # streamed ones, by number
-        self.arena = Arena()
-        self.order = Order({})
         self._transfers = Transfers(streams, self.counters)
         self._stems = Stems(streams, self._transfers)
+        self.homes = Homes(self._transfers.allocate, self._clear)
+        self._learning = Learning(lambda unit: self._acquire(unit, opening=True), self._finish)
         self._afloat: list[Unit] = []  # floating units that were loaded and not used yet
         self._may_wait = LOOKAHEAD  # bytes of floating units
         self._lingers: Unit | None = None  # a floating unit that was used and is about to be used again
@@ -55,9 +53,16 @@ class Engine:
         self._using: list[Unit] = []  # whose forwards are under way, innermost last
         self.lock = RLock()  # held by one thread for a forward, a unit's use or a call of the pipeline
         self._random: Any = None  # the generators' state when the outermost forward began
-        self._slack = 0  # bytes of the arena besides
-        self._slots = 2  # how many of the largest units the arena holds at once
         self.suspended: set[torch.nn.Module] = set()  # components that are being edited, and must not run
+
+    @property
+    def arena(self) -> Arena:
+        return self.homes.arena
+
+    @property
+    def units(self) -> list[Unit]:
+        """The streamed units, by number."""
+        return self.homes.units
 
     # --- taking components in, and giving them back ---------------------------------------------------
 
@@ -114,20 +119,10 @@ class Engine:
             yield unit
 
     def open_arena(self) -> None:
-        """Allocate the arena for the streamed units of all components and give each unit its home."""
-        self.units = [unit for component in self.components for unit in component.streamed]
-        successors = {}
-        for number, unit in enumerate(self.units):
-            unit.number = number
-        for component in self.components:
-            numbers = [unit.number for unit in component.streamed]
-            component.first = numbers[0] if numbers else None
-            successors.update(zip(numbers, numbers[1:] + numbers[:1], strict=True))
-        self.order = Order(successors)
-        self._may_wait = min(LOOKAHEAD, max((unit.nbytes for unit in self.units if unit.floats), default=0))
-        for component in self.components:
-            component.order = [unit.number for unit in component.homed]
-        self._fit_arena()
+        """Give the streamed units of all components numbers, homes and an arena that holds them."""
+        self.homes.open(self.components)
+        floating = [unit.nbytes for unit in self.units if unit.floats]
+        self._may_wait = min(LOOKAHEAD, max(floating, default=0))
 
     def release_component(self, component: Component) -> None:
         """Give a component its weights back, on the devices they came from."""
@@ -156,7 +151,7 @@ class Engine:
         component.streamed.sort(key=lambda each: each.number)
         self._transfers.take_over(unit)
         unit.state = State.OFFLOADED
-        self._fit_arena()
+        self.homes.fit()
 
     def make_resident(self, unit: Unit) -> None:
         """Keep a streamed unit on the device from now on."""
@@ -187,7 +182,7 @@ class Engine:
         for unit in component.residents:
             unit.weights = renewed(unit.weights)
             self._transfers.settle(unit)
-        self._fit_arena()
+        self.homes.fit()
         if component.depth:
             self._stems.bring(component)
 
@@ -228,17 +223,15 @@ class Engine:
             if self.budget is not None and outermost:
                 others_keep = any(c.kept_bytes for c in self.components if c is not component)
                 own = self.standing_bytes(component) + component.kept_bytes
-                choice = Choice() if others_keep else self.budget.begin(component, shapes, own)
+                if not others_keep:
+                    self.follow(component, self.budget.begin(component, shapes, own))
                 self._transfers.stopwatch = self.budget.stopwatch
-                self.follow(component, choice)
             if component.depth == 1:
                 self._notice_edits(component.streamed)
                 component.trace = []
-                component.strays.clear()
-                component.ran.clear()
-                self._begin_watch(component)
+                self._learning.begin(component)
                 if component.first is not None:
-                    self.order.expect(component.first)
+                    self.homes.order.expect(component.first)
                     self.prefetch()
         except BaseException:
             self.leave(component, completed=False)
@@ -257,15 +250,19 @@ class Engine:
             left = self._stack.pop()
             left.depth -= 1
             if left.depth == 0:
-                self._let_go(left, completed)
+                self._learning.end(left, completed)
             if left is component:
                 break
         try:
-            if component.depth == 0 and component.trace:
-                self._learn(component)
+            if component.depth == 0 and component.trace and self.homes.learn(component):
+                self.prefetch()
             if self.budget is not None and not self._stack:
                 self._transfers.stopwatch = None
-                self.follow(component, self.budget.end(component, self.weights_on_device(), self._slack))
+                if not completed:
+                    self.budget.abandon()
+                choice = self.budget.end(component, self.weights_on_device(), self.homes.slack)
+                if choice is not None:
+                    self.follow(component, choice)
         finally:
             if not self._stack:
                 caller, before, using = self._outside
@@ -290,13 +287,13 @@ class Engine:
 
     def follow(self, component: Component, choice: Choice) -> None:
         """Use the memory that `component` leaves as the budget has chosen."""
-        if choice.slack != self._slack:
-            self._slack = choice.slack
+        if choice.slack != self.homes.slack:
+            self.homes.slack = choice.slack
             for unit in component.streamed:
                 unit.keeps = unit in choice.kept
                 if unit.borrows and not unit.keeps:
                     self._drop(unit)
-            self._fit_arena()
+            self.homes.fit()
             self.streams.empty_cache()
         self.keep(component, choice.kept)
 
@@ -309,7 +306,7 @@ class Engine:
             if unit.borrows and not unit.keeps:
                 self._drop(unit)
         if component.homed:
-            self._assign_homes(component, component.order)
+            self.homes.assign(component, component.order)
         self.prefetch()
 
     def call_ended(self) -> None:
@@ -346,19 +343,13 @@ class Engine:
 
     def _acquire(self, unit: Unit, opening: bool) -> None:
         component = unit.component
-        if component.late is not None and component.late is not unit:
-            self._release_late(component)
-        if component.watch is None and component.depth and unit not in component.met:
-            component.known = False  # nobody has seen yet what it does
-            self._begin_watch(component)
-        if component.watch is not None and not opening:
-            component.ran.add(unit)
+        self._learning.meet(unit, opening)
         if unit.state is State.IN_USE:
             unit.depth += not opening
             return
         if self._lingers is not None:
             self._let_linger(unit)
-        self.order.observe(unit.number)
+        self.homes.order.observe(unit.number)
         if component.depth:
             component.trace.append(unit.number)
         else:
@@ -402,8 +393,7 @@ class Engine:
         """If nobody uses the unit any longer, its bytes are free."""
         if unit.state is not State.IN_USE or unit.depth > 0:
             return
-        if unit.component.watch is not None:
-            self._look_for_views(unit)
+        self._learning.part(unit)
         if not unit.clings:
             stream = unit.stream
             self._retire(unit, stream)
@@ -422,7 +412,7 @@ class Engine:
         """
         ahead: set[int] = set()
         last = None
-        for number in islice(self.order.upcoming(), len(self.units)):
+        for number in islice(self.homes.order.upcoming(), len(self.units)):
             if number == last:  # layers that were joined are used one after the other
                 continue
             if number in ahead:
@@ -444,7 +434,7 @@ class Engine:
 
     def _may_float(self, unit: Unit, ahead: set[int]) -> bool:
         """Whether another floating unit may be loaded; those that wait although they come later make room."""
-        if self._slots == 1:
+        if self.homes.slots == 1:
             return False
         for _ in range(2):
             waiting = [each for each in self._afloat if not each.keeps]
@@ -454,52 +444,6 @@ class Engine:
                 if each.number not in ahead:
                     self._drop(each)
         return False
-
-    # --- weights used past their unit -----------------------------------------------------------------
-
-    def use_past(self, unit: Unit, tensor: torch.Tensor) -> None:
-        """`tensor` is about to be used although no forward of its unit is under way."""
-        component = unit.component
-        parts = [part for module in unit.modules for part in module.modules() if part is not module]
-        holders = [part for part in parts if any(t is tensor for t in own_tensors(part))]
-        component.strays.append(Stray(unit, tensor, within=runs_within(holders)))
-        self._acquire(unit, opening=True)
-        component.late = unit
-
-    def cling(self, unit: Unit) -> None:
-        """Something that outlives the unit's forward looks at its bytes: they stay until the component's ends."""
-        unit.clings = unit.state is State.IN_USE
-
-    def _look_for_views(self, unit: Unit) -> None:
-        """Views that outlive the use of the unit (it returned one, say) must not look at others' bytes."""
-        for tensor in unit.component.watch.views_left(unit.weights.tensors):
-            unit.component.strays.append(Stray(unit, tensor, within=False))
-            self.cling(unit)
-
-    def _release_late(self, component: Component) -> None:
-        late, component.late = component.late, None
-        self._finish(late)
-
-    def _begin_watch(self, component: Component) -> None:
-        if not component.known and component.streamed:
-            component.watch = watch_units(component.streamed, self.use_past, self.cling)
-            component.watch.__enter__()
-
-    def _let_go(self, component: Component, completed: bool) -> None:
-        """The component's forward is over: so are those of its units, and what was learned counts."""
-        watch, component.watch = component.watch, None
-        component.watched = watch is not None
-        if watch is not None:
-            watch.__exit__(None, None, None)
-            component.known = completed and not component.strays
-            component.checked = component.checked and component.known
-            if component.known:
-                component.met |= component.ran
-        component.known = component.known and completed  # it may have failed for want of a weight: look again
-        component.late = None
-        for unit in component.streamed if watch is not None or not completed else ():
-            unit.depth, unit.clings = 0, False
-            self._finish(unit)
 
     # --- loading and dropping units -------------------------------------------------------------------
 
@@ -551,7 +495,7 @@ class Engine:
         if changed:
             self._transfers.write_back(unit, changed, stream)
         if unit.borrows and not (unit.keeps and unit.component.present):
-            if unit.floats and next(self.order.upcoming(), None) == unit.number:
+            if unit.floats and next(self.homes.order.upcoming(), None) == unit.number:
                 self._lingers = unit
             else:
                 self._drop(unit)
@@ -608,42 +552,6 @@ class Engine:
             self._leave([component])
         self._clear(component.streamed)
 
-    # --- homes ----------------------------------------------------------------------------------------
-
-    def _learn(self, component: Component) -> None:
-        """Assign homes anew when the units ran in an order that the homes do not suit."""
-        component.first = component.trace[0]
-        order = list(dict.fromkeys(n for n in component.trace if not self.units[n].floats))
-        if _is_subsequence(order, component.order):
-            return
-        # The first surprise counts at once; after that, an order that keeps changing is not worth following.
-        seen_before, component.surprise = component.surprise in (None, order), order
-        if not seen_before:
-            return
-        rest = [number for number in component.order if number not in set(order)]
-        self._assign_homes(component, order + rest)
-        self.prefetch()
-
-    def _assign_homes(self, component: Component, order: list[int]) -> None:
-        component.order = order
-        units = [self.units[number] for number in order]
-        self._clear(units)
-        self.arena.assign([unit for unit in units if not unit.keeps and unit.state is not State.RESIDENT])
-
-    def _fit_arena(self) -> None:
-        """An arena of the size that the units need, and a home for each."""
-        if not self.units:
-            return
-        sizes = [[unit.nbytes for unit in component.homed] for component in self.components]
-        needed = max(capacity_for(each, self._slots) for each in sizes)
-        needed += self._slack if self._slots > 1 else 0
-        if needed != self.arena.capacity:
-            self._clear(self.units)
-            self.arena.buffer = None
-            self.arena.buffer = self._transfers.allocate(needed)
-        for component in self.components:
-            self._assign_homes(component, component.order)
-
     # --- when memory is short -------------------------------------------------------------------------
 
     def drop_kept(self, running: Component) -> bool:
@@ -659,10 +567,10 @@ class Engine:
 
     def shrink_arena(self) -> bool:
         """From now on nothing is loaded before the unit before it is done; returns whether that is new."""
-        if self._slots == 1 or not self.units:
+        if self.homes.slots == 1 or not self.units:
             return False
-        self._slots = 1
-        self._fit_arena()
+        self.homes.slots = 1
+        self.homes.fit()
         return True
 
     def restore_random(self) -> None:
@@ -681,9 +589,3 @@ class Engine:
     def standing_bytes(self, component: Component) -> int:
         """Weights on the device while `component` runs, but for what it keeps by way of the budget."""
         return sum(c.resident_bytes for c in self.components) + self.arena.capacity + component.stem_bytes
-
-
-def _is_subsequence(part: list[int], whole: list[int]) -> bool:
-    """Whether `part` runs in the order of the cycle `whole`, with units left out."""
-    rest = iter(whole)
-    return all(number in rest for number in part)

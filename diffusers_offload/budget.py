@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .arena import LOOKAHEAD
+from .arena import LOOKAHEAD, capacity_for
 from .planner import choose_kept, estimate_activations
+from .report import Prediction
 from .selection import choose_stay
 from .stopwatch import Stopwatch
 from .timeline import Forecast, Work, place, simulate
@@ -37,22 +38,6 @@ class Choice:
 
     kept: frozenset[Unit] = frozenset()
     slack: int = 0
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a component's forward is predicted to take, for the inputs that it had last.
-
-    Attributes:
-        seconds: of one forward when they follow one another.
-        peak_bytes: on the device, activations included.
-        kept_bytes: of weights that stay meanwhile; `streamed_bytes` those that are copied each time.
-    """
-
-    seconds: float
-    peak_bytes: int
-    kept_bytes: int
-    streamed_bytes: int
 
 
 @dataclass
@@ -202,7 +187,7 @@ def _best(
         return Choice(frozenset(units[i] for i in choose_kept(sizes, room))), None
     floats = bool(units) and units[0].floats
     lookahead = LOOKAHEAD if floats else None
-    base = component.arena_bytes
+    base = capacity_for([unit.nbytes for unit in component.homed])
     best: tuple[Choice, Forecast] | None = None
     for slots in range(1 if floats else _EXTRA_SLOTS + 1):
         slack = slots * max(sizes)

@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 
-from .arena import LOOKAHEAD, Arena
+from .arena import Arena
 from .budget import Choice, DeviceBudget
 from .component import WAITING, Component, State, Unit
 from .homes import Homes
 from .learning import Learning
 from .report import Counters
+from .roster import Roster
 from .stems import Stems
 from .streams import Streams
-from .transfers import Transfers, renewed
+from .transfers import Transfers
 from .turns import Turns
 
 _EMPTY_CACHE_FROM = 64 * 2**20  # bytes worth a cudaFree once a component has left
@@ -39,21 +40,33 @@ class Engine:
         self.budget = budget
         self.device = streams.device
         self.counters = Counters(streams=streams)
-        self.components: list[Component] = []
+        self.lock = RLock()  # held by one thread for a forward, a unit's use or a call of the pipeline
         self._transfers = Transfers(streams, self.counters)
         self._stems = Stems(streams, self._transfers)
         self.homes = Homes(self._transfers.allocate, self._clear)
         self._learning = Learning(lambda unit: self._acquire(unit, opening=True), self._finish)
         self._afloat: list[Unit] = []  # floating units that were loaded and not used yet
-        self._may_wait = LOOKAHEAD  # bytes of floating units
         self._lingers: Unit | None = None  # a floating unit that was used and is about to be used again
         self._stack: list[Component] = []  # forwards under way, outermost first
         self._outside: Any = None  # what was current before the outermost forward
         self._turns = Turns()
+        self.roster = Roster(
+            streams,
+            self._transfers,
+            self._stems,
+            self.homes,
+            self.lock,
+            clear=self._clear,
+            withdraw=self._withdraw,
+            forget=self._forget,
+        )
         self._using: list[Unit] = []  # whose forwards are under way, innermost last
-        self.lock = RLock()  # held by one thread for a forward, a unit's use or a call of the pipeline
         self._random: Any = None  # the generators' state when the outermost forward began
         self.suspended: set[torch.nn.Module] = set()  # components that are being edited, and must not run
+
+    @property
+    def components(self) -> list[Component]:
+        return self.roster.components
 
     @property
     def arena(self) -> Arena:
@@ -63,128 +76,6 @@ class Engine:
     def units(self) -> list[Unit]:
         """The streamed units, by number."""
         return self.homes.units
-
-    # --- taking components in, and giving them back ---------------------------------------------------
-
-    def adopt(self, component: Component) -> Iterator[Unit]:
-        """Move a component's units to where they stay; yields each unit once it is there."""
-        self.components.append(component)
-        yield from self._take_in(component, component.units)
-
-    def exchange(self, before: Component, after: Component) -> None:
-        """Put `after` in the place of `before`, the same module taken apart anew; units in both stay put."""
-        self._withdraw(before)
-        self.streams.synchronize()  # copies from memory that is about to go
-        staying = set(after.units)
-        origin = {}
-        home = next((unit.weights.origin[0] for unit in before.units), None)  # also of what has come since
-        for unit in before.units:
-            if unit not in staying:
-                pairs = zip(unit.weights.tensors, unit.weights.origin, strict=True)
-                origin.update((id(tensor), where) for tensor, where in pairs)
-                # By way of the host: where they came from may have no room for all of them.
-                unit.weights.origin = [torch.device("cpu")] * len(unit.weights.tensors)
-                unit.weights.restore()
-        self.components[self.components.index(before)] = after
-        for other in self.components:
-            other.needs = [after if each is before else each for each in other.needs]
-        fresh = [unit for unit in after.units if unit.component is not before]
-        for unit in fresh:  # laid out for the bytes that their tensors had before
-            unit.weights = renewed(unit.weights)
-        for _ in self._take_in(after, fresh):
-            pass
-        for unit in after.units:
-            unit.component = after
-        for weights in (unit.weights for unit in fresh):
-            pairs = zip(weights.tensors, weights.origin, strict=True)
-            weights.origin = [origin.get(id(tensor), home or where) for tensor, where in pairs]
-        self._turns.forget(before)
-        if self.budget is not None:
-            self.budget.forget(before)
-        self.open_arena()
-
-    def _take_in(self, component: Component, units: list[Unit]) -> Iterator[Unit]:
-        for unit in units:
-            unit.component = component
-            unit.ready, unit.done = self.streams.event(), self.streams.event()
-        residents = set(component.residents)
-        for unit in units:
-            if unit in residents:
-                self._transfers.settle(unit)
-                yield unit
-        moving = [unit for unit in units if unit not in residents]
-        memory = self._transfers.tier.prepare([unit.nbytes for unit in moving])
-        for unit, host in zip(moving, memory, strict=True):
-            unit.weights.move_to_host(host)
-            yield unit
-
-    def open_arena(self) -> None:
-        """Give the streamed units of all components numbers, homes and an arena that holds them."""
-        self.homes.open(self.components)
-        floating = [unit.nbytes for unit in self.units if unit.floats]
-        self._may_wait = min(LOOKAHEAD, max(floating, default=0))
-
-    def release_component(self, component: Component) -> None:
-        """Give a component its weights back, on the devices they came from."""
-        if component not in self.components:
-            return
-        self._withdraw(component)
-        self.streams.synchronize()  # copies from memory that is about to go
-        for unit in component.units:
-            unit.weights.restore()
-            unit.state = State.RESIDENT  # where it was: whoever still predicts it finds nothing to load
-        self.components.remove(component)
-        self._turns.forget(component)
-        if self.budget is not None:
-            self.budget.forget(component)
-        if not any(other.streamed for other in self.components):
-            self.arena.buffer = None
-        self.streams.empty_cache()
-
-    def stream_again(self, unit: Unit) -> None:
-        """Undo `make_resident`."""
-        component = unit.component
-        if component not in self.components or unit not in component.residents:
-            return
-        component.residents.remove(unit)
-        component.streamed.append(unit)
-        component.streamed.sort(key=lambda each: each.number)
-        self._transfers.take_over(unit)
-        unit.state = State.OFFLOADED
-        self.homes.fit()
-
-    def make_resident(self, unit: Unit) -> None:
-        """Keep a streamed unit on the device from now on."""
-        component = unit.component
-        if component not in self.components or unit not in component.streamed:
-            return
-        self._clear([unit])
-        unit.weights = renewed(unit.weights)
-        self._transfers.settle(unit)
-        component.streamed.remove(unit)
-        component.residents.append(unit)
-
-    @contextmanager
-    def edit(self, component: Component) -> Iterator[None]:
-        """True weights on the host within; whatever was changed is taken over afterwards."""
-        with self.lock:
-            self._withdraw(component)
-            try:
-                yield
-            finally:  # whatever the editor managed to change before it failed is what counts
-                if component in self.components:  # not given back meanwhile
-                    self._take_edits(component)
-
-    def _take_edits(self, component: Component) -> None:
-        for unit in [*component.stem, *component.streamed]:
-            if not unit.weights.is_intact():
-                self._transfers.take_over(unit)
-        for unit in component.residents:
-            unit.weights = renewed(unit.weights)
-            self._transfers.settle(unit)
-        self.homes.fit()
-        if component.depth:
-            self._stems.bring(component)
 
     # --- the component's forward --------------------------------------------------------------------
 
@@ -438,7 +329,7 @@ class Engine:
             return False
         for _ in range(2):
             waiting = [each for each in self._afloat if not each.keeps]
-            if not waiting or sum(each.nbytes for each in waiting) + unit.nbytes <= self._may_wait:
+            if not waiting or sum(each.nbytes for each in waiting) + unit.nbytes <= self.homes.may_wait:
                 return True
             for each in waiting:
                 if each.number not in ahead:
@@ -545,6 +436,11 @@ class Engine:
                 self._turns.displaced(component, coming)
         if freed >= _EMPTY_CACHE_FROM:
             self.streams.empty_cache()
+
+    def _forget(self, component: Component) -> None:
+        self._turns.forget(component)
+        if self.budget is not None:
+            self.budget.forget(component)
 
     def _withdraw(self, component: Component) -> None:
         """Everything of `component` that moves is on the host afterwards."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .arena import Arena, capacity_for
+from .arena import LOOKAHEAD, Arena, capacity_for
 from .component import Component, State, Unit
 from .order import Order
 
@@ -21,6 +21,7 @@ class Homes:
     Attributes:
         units: the streamed units of all components, by number.
         order: predicts which is used next.
+        may_wait: bytes of floating units, which have no home, that may be loaded ahead.
         slack: bytes of the arena beyond what any `slots` units of one component need.
     """
 
@@ -30,6 +31,7 @@ class Homes:
         self.arena = Arena()
         self.order = Order({})
         self.units: list[Unit] = []
+        self.may_wait = LOOKAHEAD
         self.slack = 0
         self.slots = 2
         self._components: Sequence[Component] = ()
@@ -49,6 +51,7 @@ class Homes:
             component.order = [unit.number for unit in component.homed]
             successors.update(zip(numbers, numbers[1:] + numbers[:1], strict=True))
         self.order = Order(successors)
+        self.may_wait = min(LOOKAHEAD, max((unit.nbytes for unit in self.units if unit.floats), default=0))
         self.fit()
 
     def fit(self) -> None:

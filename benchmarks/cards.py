@@ -88,7 +88,7 @@ def _one(model: torch.nn.Module, handle: Any, case: Case, device: torch.device) 
         "limit": limit,
         "granularity": held.target.policy.granularity,
         "kept": component.kept_bytes,
-        "slack": engine._slack,
+        "slack": engine.homes.slack,
         "predicted_ms": prediction.seconds * 1e3 if prediction is not None else None,
         "predicted_peak": prediction.peak_bytes if prediction is not None else None,
         "measured_ms": median(milliseconds),
@@ -98,7 +98,7 @@ def _one(model: torch.nn.Module, handle: Any, case: Case, device: torch.device) 
         "peak_reserved": torch.cuda.max_memory_reserved(device),
         "sweep": [],
     }
-    room = component.kept_bytes + engine._slack
+    room = component.kept_bytes + engine.homes.slack
     total = sum(unit.nbytes for unit in component.streamed)
     engine.follow(component, Choice())
     engine.budget = None

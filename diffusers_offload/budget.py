@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .arena import LOOKAHEAD
+from .arena import LOOKAHEAD, capacity_for
 from .planner import choose_kept, estimate_activations
+from .report import Prediction
 from .selection import choose_stay
 from .stopwatch import Stopwatch
 from .timeline import Forecast, Work, place, simulate
@@ -37,22 +38,6 @@ class Choice:
 
     kept: frozenset[Unit] = frozenset()
     slack: int = 0
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a component's forward is predicted to take, for the inputs that it had last.
-
-    Attributes:
-        seconds: of one forward when they follow one another.
-        peak_bytes: on the device, activations included.
-        kept_bytes: of weights that stay meanwhile; `streamed_bytes` those that are copied each time.
-    """
-
-    seconds: float
-    peak_bytes: int
-    kept_bytes: int
-    streamed_bytes: int
 
 
 @dataclass
@@ -84,6 +69,7 @@ class DeviceBudget:
         self._streams = streams
         self._known: dict[tuple[Component, tuple], _Known] = {}
         self._shapes: dict[Component, tuple] = {}
+        self._running: Component | None = None  # whose forward is measured
         self._others = 0  # bytes on the device that are neither weights of ours nor the forward's
         self._others_reserved = 0
         self.stopwatch: Stopwatch | None = None  # of the forward under way, if it is timed
@@ -95,6 +81,7 @@ class DeviceBudget:
             weights: bytes of its weights, and the arena's, on the device now; what else is there is others'.
         """
         streams = self._streams
+        self._running = component
         self._shapes[component] = shapes
         known = self._known.get((component, shapes))
         self.seen = max(self.seen, streams.peak())
@@ -107,16 +94,17 @@ class DeviceBudget:
         self.stopwatch = Stopwatch(streams) if timed else None
         return self._choose(component)
 
-    def end(self, component: Component, weights: int, slack: int) -> Choice:
-        """What `component` may keep from now on, its forward being over.
+    def end(self, component: Component, weights: int, slack: int) -> Choice | None:
+        """What `component` may keep from now on, its forward being over; None if it has no say in that.
 
         Args:
             weights: bytes of weights that were on the device for it anyway.
             slack: bytes of the arena that it could do without.
         """
         component.runs += 1
-        if component not in self._shapes:  # another component keeps blocks while this one runs
-            return Choice()
+        if self._running is not component:  # another component keeps units while this one runs
+            return None
+        self._running = None
         key = component, self._shapes[component]
         known = self._known.get(key)
         kept = component.kept_bytes + slack
@@ -133,6 +121,10 @@ class DeviceBudget:
                 known.work, known.rate = read
                 known.room = -1
         return self._choose(component)
+
+    def abandon(self) -> None:
+        """The forward under way has failed: what it took says nothing."""
+        self._running, self.stopwatch = None, None
 
     def exceeded_by(self, component: Component) -> bool:
         """Whether `component` was seen to need more than the bound, with nothing kept."""
@@ -195,7 +187,7 @@ def _best(
         return Choice(frozenset(units[i] for i in choose_kept(sizes, room))), None
     floats = bool(units) and units[0].floats
     lookahead = LOOKAHEAD if floats else None
-    base = component.arena_bytes
+    base = capacity_for([unit.nbytes for unit in component.homed])
     best: tuple[Choice, Forecast] | None = None
     for slots in range(1 if floats else _EXTRA_SLOTS + 1):
         slack = slots * max(sizes)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from .arena import capacity_for
 from .units import own_tensors
 from .weights import Weights
 
@@ -119,11 +118,6 @@ class Component:
     def homed(self) -> list[Unit]:
         """The streamed units that take turns in the arena."""
         return [unit for unit in self.streamed if not unit.floats]
-
-    @property
-    def arena_bytes(self) -> int:
-        """Bytes in which any two of its units fit."""
-        return capacity_for([unit.nbytes for unit in self.homed])
 
     @property
     def stem_bytes(self) -> int:

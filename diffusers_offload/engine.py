@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from .arena import LOOKAHEAD, Arena, capacity_for
+from .arena import Arena
 from .budget import Choice, DeviceBudget
-from .component import WAITING, Component, State, Stray, Unit
-from .order import Order
+from .component import WAITING, Component, State, Unit
+from .homes import Homes
+from .learning import Learning
 from .report import Counters
+from .roster import Roster
 from .stems import Stems
 from .streams import Streams
-from .transfers import Transfers, renewed
+from .transfers import Transfers
 from .turns import Turns
-from .units import own_tensors
-from .watch import runs_within, watch_units
 
 _EMPTY_CACHE_FROM = 64 * 2**20  # bytes worth a cudaFree once a component has left
 
@@ -40,156 +40,42 @@ class Engine:
         self.budget = budget
         self.device = streams.device
         self.counters = Counters(streams=streams)
-        self.components: list[Component] = []
-        self.units: list[Unit] = []  # streamed ones, by number
-        self.arena = Arena()
-        self.order = Order({})
+        self.lock = RLock()  # held by one thread for a forward, a unit's use or a call of the pipeline
         self._transfers = Transfers(streams, self.counters)
         self._stems = Stems(streams, self._transfers)
+        self.homes = Homes(self._transfers.allocate, self._clear)
+        self._learning = Learning(lambda unit: self._acquire(unit, opening=True), self._finish)
         self._afloat: list[Unit] = []  # floating units that were loaded and not used yet
-        self._may_wait = LOOKAHEAD  # bytes of floating units
         self._lingers: Unit | None = None  # a floating unit that was used and is about to be used again
         self._stack: list[Component] = []  # forwards under way, outermost first
         self._outside: Any = None  # what was current before the outermost forward
         self._turns = Turns()
+        self.roster = Roster(
+            streams,
+            self._transfers,
+            self._stems,
+            self.homes,
+            self.lock,
+            clear=self._clear,
+            withdraw=self._withdraw,
+            forget=self._forget,
+        )
         self._using: list[Unit] = []  # whose forwards are under way, innermost last
-        self.lock = RLock()  # held by one thread for a forward, a unit's use or a call of the pipeline
         self._random: Any = None  # the generators' state when the outermost forward began
-        self._slack = 0  # bytes of the arena besides
-        self._slots = 2  # how many of the largest units the arena holds at once
         self.suspended: set[torch.nn.Module] = set()  # components that are being edited, and must not run
 
-    # --- taking components in, and giving them back ---------------------------------------------------
+    @property
+    def components(self) -> list[Component]:
+        return self.roster.components
 
-    def adopt(self, component: Component) -> Iterator[Unit]:
-        """Move a component's units to where they stay; yields each unit once it is there."""
-        self.components.append(component)
-        yield from self._take_in(component, component.units)
+    @property
+    def arena(self) -> Arena:
+        return self.homes.arena
 
-    def exchange(self, before: Component, after: Component) -> None:
-        """Put `after` in the place of `before`, the same module taken apart anew; units in both stay put."""
-        self._withdraw(before)
-        self.streams.synchronize()  # copies from memory that is about to go
-        staying = set(after.units)
-        origin = {}
-        home = next((unit.weights.origin[0] for unit in before.units), None)  # also of what has come since
-        for unit in before.units:
-            if unit not in staying:
-                pairs = zip(unit.weights.tensors, unit.weights.origin, strict=True)
-                origin.update((id(tensor), where) for tensor, where in pairs)
-                # By way of the host: where they came from may have no room for all of them.
-                unit.weights.origin = [torch.device("cpu")] * len(unit.weights.tensors)
-                unit.weights.restore()
-        self.components[self.components.index(before)] = after
-        for other in self.components:
-            other.needs = [after if each is before else each for each in other.needs]
-        fresh = [unit for unit in after.units if unit.component is not before]
-        for unit in fresh:  # laid out for the bytes that their tensors had before
-            unit.weights = renewed(unit.weights)
-        for _ in self._take_in(after, fresh):
-            pass
-        for unit in after.units:
-            unit.component = after
-        for weights in (unit.weights for unit in fresh):
-            pairs = zip(weights.tensors, weights.origin, strict=True)
-            weights.origin = [origin.get(id(tensor), home or where) for tensor, where in pairs]
-        self._turns.forget(before)
-        if self.budget is not None:
-            self.budget.forget(before)
-        self.open_arena()
-
-    def _take_in(self, component: Component, units: list[Unit]) -> Iterator[Unit]:
-        for unit in units:
-            unit.component = component
-            unit.ready, unit.done = self.streams.event(), self.streams.event()
-        residents = set(component.residents)
-        for unit in units:
-            if unit in residents:
-                self._transfers.settle(unit)
-                yield unit
-        moving = [unit for unit in units if unit not in residents]
-        memory = self._transfers.tier.prepare([unit.nbytes for unit in moving])
-        for unit, host in zip(moving, memory, strict=True):
-            unit.weights.move_to_host(host)
-            yield unit
-
-    def open_arena(self) -> None:
-        """Allocate the arena for the streamed units of all components and give each unit its home."""
-        self.units = [unit for component in self.components for unit in component.streamed]
-        successors = {}
-        for number, unit in enumerate(self.units):
-            unit.number = number
-        for component in self.components:
-            numbers = [unit.number for unit in component.streamed]
-            component.first = numbers[0] if numbers else None
-            successors.update(zip(numbers, numbers[1:] + numbers[:1], strict=True))
-        self.order = Order(successors)
-        self._may_wait = min(LOOKAHEAD, max((unit.nbytes for unit in self.units if unit.floats), default=0))
-        for component in self.components:
-            component.order = [unit.number for unit in component.homed]
-        self._fit_arena()
-
-    def release_component(self, component: Component) -> None:
-        """Give a component its weights back, on the devices they came from."""
-        if component not in self.components:
-            return
-        self._withdraw(component)
-        self.streams.synchronize()  # copies from memory that is about to go
-        for unit in component.units:
-            unit.weights.restore()
-            unit.state = State.RESIDENT  # where it was: whoever still predicts it finds nothing to load
-        self.components.remove(component)
-        self._turns.forget(component)
-        if self.budget is not None:
-            self.budget.forget(component)
-        if not any(other.streamed for other in self.components):
-            self.arena.buffer = None
-        self.streams.empty_cache()
-
-    def stream_again(self, unit: Unit) -> None:
-        """Undo `make_resident`."""
-        component = unit.component
-        if component not in self.components or unit not in component.residents:
-            return
-        component.residents.remove(unit)
-        component.streamed.append(unit)
-        component.streamed.sort(key=lambda each: each.number)
-        self._transfers.take_over(unit)
-        unit.state = State.OFFLOADED
-        self._fit_arena()
-
-    def make_resident(self, unit: Unit) -> None:
-        """Keep a streamed unit on the device from now on."""
-        component = unit.component
-        if component not in self.components or unit not in component.streamed:
-            return
-        self._clear([unit])
-        unit.weights = renewed(unit.weights)
-        self._transfers.settle(unit)
-        component.streamed.remove(unit)
-        component.residents.append(unit)
-
-    @contextmanager
-    def edit(self, component: Component) -> Iterator[None]:
-        """True weights on the host within; whatever was changed is taken over afterwards."""
-        with self.lock:
-            self._withdraw(component)
-            try:
-                yield
-            finally:  # whatever the editor managed to change before it failed is what counts
-                if component in self.components:  # not given back meanwhile
-                    self._take_edits(component)
-
-    def _take_edits(self, component: Component) -> None:
-        for unit in [*component.stem, *component.streamed]:
-            if not unit.weights.is_intact():
-                self._transfers.take_over(unit)
-        for unit in component.residents:
-            unit.weights = renewed(unit.weights)
-            self._transfers.settle(unit)
-        self._fit_arena()
-        if component.depth:
-            self._stems.bring(component)
+    @property
+    def units(self) -> list[Unit]:
+        """The streamed units, by number."""
+        return self.homes.units
 
     # --- the component's forward --------------------------------------------------------------------
 
@@ -228,17 +114,15 @@ class Engine:
             if self.budget is not None and outermost:
                 others_keep = any(c.kept_bytes for c in self.components if c is not component)
                 own = self.standing_bytes(component) + component.kept_bytes
-                choice = Choice() if others_keep else self.budget.begin(component, shapes, own)
+                if not others_keep:
+                    self.follow(component, self.budget.begin(component, shapes, own))
                 self._transfers.stopwatch = self.budget.stopwatch
-                self.follow(component, choice)
             if component.depth == 1:
                 self._notice_edits(component.streamed)
                 component.trace = []
-                component.strays.clear()
-                component.ran.clear()
-                self._begin_watch(component)
+                self._learning.begin(component)
                 if component.first is not None:
-                    self.order.expect(component.first)
+                    self.homes.order.expect(component.first)
                     self.prefetch()
         except BaseException:
             self.leave(component, completed=False)
@@ -257,15 +141,19 @@ class Engine:
             left = self._stack.pop()
             left.depth -= 1
             if left.depth == 0:
-                self._let_go(left, completed)
+                self._learning.end(left, completed)
             if left is component:
                 break
         try:
-            if component.depth == 0 and component.trace:
-                self._learn(component)
+            if component.depth == 0 and component.trace and self.homes.learn(component):
+                self.prefetch()
             if self.budget is not None and not self._stack:
                 self._transfers.stopwatch = None
-                self.follow(component, self.budget.end(component, self.weights_on_device(), self._slack))
+                if not completed:
+                    self.budget.abandon()
+                choice = self.budget.end(component, self.weights_on_device(), self.homes.slack)
+                if choice is not None:
+                    self.follow(component, choice)
         finally:
             if not self._stack:
                 caller, before, using = self._outside
@@ -290,13 +178,13 @@ class Engine:
 
     def follow(self, component: Component, choice: Choice) -> None:
         """Use the memory that `component` leaves as the budget has chosen."""
-        if choice.slack != self._slack:
-            self._slack = choice.slack
+        if choice.slack != self.homes.slack:
+            self.homes.slack = choice.slack
             for unit in component.streamed:
                 unit.keeps = unit in choice.kept
                 if unit.borrows and not unit.keeps:
                     self._drop(unit)
-            self._fit_arena()
+            self.homes.fit()
             self.streams.empty_cache()
         self.keep(component, choice.kept)
 
@@ -309,7 +197,7 @@ class Engine:
             if unit.borrows and not unit.keeps:
                 self._drop(unit)
         if component.homed:
-            self._assign_homes(component, component.order)
+            self.homes.assign(component, component.order)
         self.prefetch()
 
     def call_ended(self) -> None:
@@ -346,19 +234,13 @@ class Engine:
 
     def _acquire(self, unit: Unit, opening: bool) -> None:
         component = unit.component
-        if component.late is not None and component.late is not unit:
-            self._release_late(component)
-        if component.watch is None and component.depth and unit not in component.met:
-            component.known = False  # nobody has seen yet what it does
-            self._begin_watch(component)
-        if component.watch is not None and not opening:
-            component.ran.add(unit)
+        self._learning.meet(unit, opening)
         if unit.state is State.IN_USE:
             unit.depth += not opening
             return
         if self._lingers is not None:
             self._let_linger(unit)
-        self.order.observe(unit.number)
+        self.homes.order.observe(unit.number)
         if component.depth:
             component.trace.append(unit.number)
         else:
@@ -402,8 +284,7 @@ class Engine:
         """If nobody uses the unit any longer, its bytes are free."""
         if unit.state is not State.IN_USE or unit.depth > 0:
             return
-        if unit.component.watch is not None:
-            self._look_for_views(unit)
+        self._learning.part(unit)
         if not unit.clings:
             stream = unit.stream
             self._retire(unit, stream)
@@ -422,7 +303,7 @@ class Engine:
         """
         ahead: set[int] = set()
         last = None
-        for number in islice(self.order.upcoming(), len(self.units)):
+        for number in islice(self.homes.order.upcoming(), len(self.units)):
             if number == last:  # layers that were joined are used one after the other
                 continue
             if number in ahead:
@@ -444,62 +325,16 @@ class Engine:
 
     def _may_float(self, unit: Unit, ahead: set[int]) -> bool:
         """Whether another floating unit may be loaded; those that wait although they come later make room."""
-        if self._slots == 1:
+        if self.homes.slots == 1:
             return False
         for _ in range(2):
             waiting = [each for each in self._afloat if not each.keeps]
-            if not waiting or sum(each.nbytes for each in waiting) + unit.nbytes <= self._may_wait:
+            if not waiting or sum(each.nbytes for each in waiting) + unit.nbytes <= self.homes.may_wait:
                 return True
             for each in waiting:
                 if each.number not in ahead:
                     self._drop(each)
         return False
-
-    # --- weights used past their unit -----------------------------------------------------------------
-
-    def use_past(self, unit: Unit, tensor: torch.Tensor) -> None:
-        """`tensor` is about to be used although no forward of its unit is under way."""
-        component = unit.component
-        parts = [part for module in unit.modules for part in module.modules() if part is not module]
-        holders = [part for part in parts if any(t is tensor for t in own_tensors(part))]
-        component.strays.append(Stray(unit, tensor, within=runs_within(holders)))
-        self._acquire(unit, opening=True)
-        component.late = unit
-
-    def cling(self, unit: Unit) -> None:
-        """Something that outlives the unit's forward looks at its bytes: they stay until the component's ends."""
-        unit.clings = unit.state is State.IN_USE
-
-    def _look_for_views(self, unit: Unit) -> None:
-        """Views that outlive the use of the unit (it returned one, say) must not look at others' bytes."""
-        for tensor in unit.component.watch.views_left(unit.weights.tensors):
-            unit.component.strays.append(Stray(unit, tensor, within=False))
-            self.cling(unit)
-
-    def _release_late(self, component: Component) -> None:
-        late, component.late = component.late, None
-        self._finish(late)
-
-    def _begin_watch(self, component: Component) -> None:
-        if not component.known and component.streamed:
-            component.watch = watch_units(component.streamed, self.use_past, self.cling)
-            component.watch.__enter__()
-
-    def _let_go(self, component: Component, completed: bool) -> None:
-        """The component's forward is over: so are those of its units, and what was learned counts."""
-        watch, component.watch = component.watch, None
-        component.watched = watch is not None
-        if watch is not None:
-            watch.__exit__(None, None, None)
-            component.known = completed and not component.strays
-            component.checked = component.checked and component.known
-            if component.known:
-                component.met |= component.ran
-        component.known = component.known and completed  # it may have failed for want of a weight: look again
-        component.late = None
-        for unit in component.streamed if watch is not None or not completed else ():
-            unit.depth, unit.clings = 0, False
-            self._finish(unit)
 
     # --- loading and dropping units -------------------------------------------------------------------
 
@@ -551,7 +386,7 @@ class Engine:
         if changed:
             self._transfers.write_back(unit, changed, stream)
         if unit.borrows and not (unit.keeps and unit.component.present):
-            if unit.floats and next(self.order.upcoming(), None) == unit.number:
+            if unit.floats and next(self.homes.order.upcoming(), None) == unit.number:
                 self._lingers = unit
             else:
                 self._drop(unit)
@@ -602,47 +437,16 @@ class Engine:
         if freed >= _EMPTY_CACHE_FROM:
             self.streams.empty_cache()
 
+    def _forget(self, component: Component) -> None:
+        self._turns.forget(component)
+        if self.budget is not None:
+            self.budget.forget(component)
+
     def _withdraw(self, component: Component) -> None:
         """Everything of `component` that moves is on the host afterwards."""
         if component.present:
             self._leave([component])
         self._clear(component.streamed)
-
-    # --- homes ----------------------------------------------------------------------------------------
-
-    def _learn(self, component: Component) -> None:
-        """Assign homes anew when the units ran in an order that the homes do not suit."""
-        component.first = component.trace[0]
-        order = list(dict.fromkeys(n for n in component.trace if not self.units[n].floats))
-        if _is_subsequence(order, component.order):
-            return
-        # The first surprise counts at once; after that, an order that keeps changing is not worth following.
-        seen_before, component.surprise = component.surprise in (None, order), order
-        if not seen_before:
-            return
-        rest = [number for number in component.order if number not in set(order)]
-        self._assign_homes(component, order + rest)
-        self.prefetch()
-
-    def _assign_homes(self, component: Component, order: list[int]) -> None:
-        component.order = order
-        units = [self.units[number] for number in order]
-        self._clear(units)
-        self.arena.assign([unit for unit in units if not unit.keeps and unit.state is not State.RESIDENT])
-
-    def _fit_arena(self) -> None:
-        """An arena of the size that the units need, and a home for each."""
-        if not self.units:
-            return
-        sizes = [[unit.nbytes for unit in component.homed] for component in self.components]
-        needed = max(capacity_for(each, self._slots) for each in sizes)
-        needed += self._slack if self._slots > 1 else 0
-        if needed != self.arena.capacity:
-            self._clear(self.units)
-            self.arena.buffer = None
-            self.arena.buffer = self._transfers.allocate(needed)
-        for component in self.components:
-            self._assign_homes(component, component.order)
 
     # --- when memory is short -------------------------------------------------------------------------
 
@@ -659,10 +463,10 @@ class Engine:
 
     def shrink_arena(self) -> bool:
         """From now on nothing is loaded before the unit before it is done; returns whether that is new."""
-        if self._slots == 1 or not self.units:
+        if self.homes.slots == 1 or not self.units:
             return False
-        self._slots = 1
-        self._fit_arena()
+        self.homes.slots = 1
+        self.homes.fit()
         return True
 
     def restore_random(self) -> None:
@@ -681,9 +485,3 @@ class Engine:
     def standing_bytes(self, component: Component) -> int:
         """Weights on the device while `component` runs, but for what it keeps by way of the budget."""
         return sum(c.resident_bytes for c in self.components) + self.arena.capacity + component.stem_bytes
-
-
-def _is_subsequence(part: list[int], whole: list[int]) -> bool:
-    """Whether `part` runs in the order of the cycle `whole`, with units left out."""
-    rest = iter(whole)
-    return all(number in rest for number in part)

@@ -13,14 +13,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import guards
-from .budget import DeviceBudget, Prediction
+from .budget import DeviceBudget
 from .calls import calling, engines_of, exclusively
 from .component import Unit
 from .engine import Engine
 from .held import Held, find_held
 from .planner import ComponentPlan, Plan
 from .policy import Request
-from .report import GIB, Report
+from .report import GIB, Prediction, Report
 from .streams import open_streams
 from .target import Target, build_component, make_plan, owners_in
 
@@ -207,7 +207,7 @@ class OffloadHandle:
                 for target in targets:
                     for unit in self._hold(target):
                         bar.update(unit.nbytes)
-                self._engine.open_arena()
+                self._engine.roster.open_arena()
             except BaseException:
                 modules = [target.module for target in targets]
                 self.let_go([held for held in self.holds.values() if held.module in modules])
@@ -223,7 +223,7 @@ class OffloadHandle:
         held.owners.add(self)
         self._held[target.name] = held
         if not shared:
-            yield from self._engine.adopt(held.component)
+            yield from self._engine.roster.adopt(held.component)
             held.attach()
 
     def let_go(self, leaving: Sequence[Held]) -> None:
@@ -241,7 +241,7 @@ class OffloadHandle:
                     find_held(component.module).renew()
             for engine in engines:
                 if not engine.busy:
-                    engine.open_arena()  # which forgets what has left
+                    engine.roster.open_arena()  # which forgets what has left
 
     def plan_with(self, coming: Sequence[Target], leaving: Sequence[Held]) -> Plan:
         """The plan after an exchange of components."""

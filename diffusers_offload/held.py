@@ -105,7 +105,7 @@ class Held:
                 raise RuntimeError(f"{self.component.name} cannot be edited in the middle of a forward")
             engine.suspended.add(self.module)
             try:
-                with engine.edit(self.component):
+                with engine.roster.edit(self.component):
                     yield
             finally:
                 engine.suspended.discard(self.module)
@@ -171,16 +171,16 @@ class Held:
         self.target = self.target.renewed(before)
         others = owners_in(component for component in self.engine.components if component is not before)
         self.component = build_component(self.target, others, before)
-        self.engine.exchange(before, self.component)
+        self.engine.roster.exchange(before, self.component)
         self._adopt_hooks()
 
     def _take_in(self) -> None:
         """Come back under the engine, after the component's own hook had gone."""
         self.target = self.target.renewed()
         self.component = build_component(self.target, owners_in(self.engine.components))
-        for _ in self.engine.adopt(self.component):
+        for _ in self.engine.roster.adopt(self.component):
             pass
-        self.engine.open_arena()
+        self.engine.roster.open_arena()
         self._adopt_hooks()
 
     def _adopt_hooks(self) -> None:
@@ -213,7 +213,7 @@ class Held:
     def restore(self) -> None:
         """The component's own hook is gone: take the others off, give the weights back."""
         with self.engine.lock:
-            self.engine.release_component(self.component)
+            self.engine.roster.release(self.component)
             self._detach_inside()
             self._hooks = []
             for handle in self.owners:
@@ -263,7 +263,7 @@ class Held:
             if memory_format is not None:
                 changes["memory_format"] = memory_format
             if changes:
-                with self.engine.edit(component):
+                with self.engine.roster.edit(component):
                     original(**changes)
             return self.module
 

@@ -222,7 +222,7 @@ class UnitHook(EngineHook):
         self.brings_stem = brings_stem  # the module itself holds tensors that belong to the stem
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        self.engine.stream_again(self.unit)  # if it was detached before
+        self.engine.roster.stream_again(self.unit)  # if it was detached before
         return super().init_hook(module)
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
@@ -247,7 +247,7 @@ class UnitHook(EngineHook):
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Without its hook a unit can only work if it stays on the device."""
         if not self.retired:
-            self.engine.make_resident(self.unit)
+            self.engine.roster.make_resident(self.unit)
         return super().detach_hook(module)
 
     def _refuse_gradients(self, values: Iterable[Any]) -> None:

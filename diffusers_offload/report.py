@@ -7,11 +7,26 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .budget import Prediction
     from .component import Unit
     from .streams import Streams
 
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a component's forward is predicted to take, for the inputs that it had last.
+
+    Attributes:
+        seconds: of one forward when they follow one another.
+        peak_bytes: on the device, activations included.
+        kept_bytes: of weights that stay meanwhile; `streamed_bytes` those that are copied each time.
+    """
+
+    seconds: float
+    peak_bytes: int
+    kept_bytes: int
+    streamed_bytes: int
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,8 @@ def test_one_that_fails_half_way_leaves_the_pipeline_as_it_was(monkeypatch, devi
     weights = weights_of(new)
     fails = new.single_transformer_blocks[2].attn.to_q.weight
     old, engine = pipe.transformer, pipe.block_offload._engine
-    adopt = type(engine).adopt
+    roster = type(engine.roster)
+    adopt = roster.adopt
 
     def failing(self, component):
         for unit in adopt(self, component):
@@ -188,7 +189,7 @@ def test_one_that_fails_half_way_leaves_the_pipeline_as_it_was(monkeypatch, devi
                 raise MemoryError("no more")
             yield unit
 
-    monkeypatch.setattr(type(engine), "adopt", failing)
+    monkeypatch.setattr(roster, "adopt", failing)
     with pytest.raises(MemoryError):
         pipe.transformer = new
     assert pipe.transformer is old

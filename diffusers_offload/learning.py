@@ -1,0 +1,88 @@
+"""What the first forwards teach: weights used past their unit, and views that outlive its use.
+
+Such a unit is brought when it is used, and stays where that is needed; `Held` takes the component apart anew
+before the next forward, with what was found (`Component.strays`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .component import Component, State, Stray, Unit
+from .units import own_tensors
+from .watch import runs_within, watch_units
+
+
+class Learning:
+    """Watches forwards that may still do something new.
+
+    Args:
+        use: brings a unit and binds it, as if its forward began.
+        finish: lets a unit go if nobody uses it any longer.
+    """
+
+    def __init__(self, use: Callable[[Unit], None], finish: Callable[[Unit], None]) -> None:
+        self._use = use
+        self._finish = finish
+
+    def begin(self, component: Component) -> None:
+        """A forward of `component` begins."""
+        component.strays.clear()
+        component.ran.clear()
+        if not component.known:
+            self._watch(component)
+
+    def meet(self, unit: Unit, opening: bool) -> None:
+        """A use of `unit` begins; `opening`: not by its own forward."""
+        component = unit.component
+        if component.late is not None and component.late is not unit:
+            late, component.late = component.late, None
+            self._finish(late)
+        if component.watch is None and component.depth and unit not in component.met:
+            component.known = False  # nobody has seen yet what it does
+            self._watch(component)
+        if component.watch is not None and not opening:
+            component.ran.add(unit)
+
+    def part(self, unit: Unit) -> None:
+        """A use of `unit` ends. Views that outlive it (it returned one, say) must not look at others' bytes."""
+        if unit.component.watch is None:
+            return
+        for tensor in unit.component.watch.views_left(unit.weights.tensors):
+            unit.component.strays.append(Stray(unit, tensor, within=False))
+            self._cling(unit)
+
+    def end(self, component: Component, completed: bool) -> None:
+        """The component's forward is over: so are those of its units, and what was learned counts."""
+        watch, component.watch = component.watch, None
+        component.watched = watch is not None
+        if watch is not None:
+            watch.__exit__(None, None, None)
+            component.known = completed and not component.strays
+            component.checked = component.checked and component.known
+            if component.known:
+                component.met |= component.ran
+        component.known = component.known and completed  # it may have failed for want of a weight: look again
+        component.late = None
+        for unit in component.streamed if watch is not None or not completed else ():
+            unit.depth, unit.clings = 0, False
+            self._finish(unit)
+
+    def _watch(self, component: Component) -> None:
+        if component.streamed:
+            component.watch = watch_units(component.streamed, self._use_past, self._cling)
+            component.watch.__enter__()
+
+    def _use_past(self, unit: Unit, tensor: torch.Tensor) -> None:
+        """`tensor` is about to be used although no forward of its unit is under way."""
+        parts = [part for module in unit.modules for part in module.modules() if part is not module]
+        holders = [part for part in parts if any(t is tensor for t in own_tensors(part))]
+        unit.component.strays.append(Stray(unit, tensor, within=runs_within(holders)))
+        self._use(unit)
+        unit.component.late = unit
+
+    def _cling(self, unit: Unit) -> None:
+        """Something that outlives the unit's use looks at its bytes: they stay until the component's forward ends."""
+        unit.clings = unit.state is State.IN_USE

@@ -1,0 +1,161 @@
+"""Who is under an engine: components come, are taken apart anew, are edited, and get their weights back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import RLock
+
+import torch
+
+from .component import Component, State, Unit
+from .homes import Homes
+from .stems import Stems
+from .streams import Streams
+from .transfers import Transfers, renewed
+
+
+class Roster:
+    """The components of an engine, and the ways in and out.
+
+    Args:
+        streams, transfers, stems, homes, lock: the engine's.
+        clear: takes units out of the arena.
+        withdraw: sends all that moves of a component to the host.
+        forget: a component is here no longer.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        transfers: Transfers,
+        stems: Stems,
+        homes: Homes,
+        lock: RLock,
+        clear: Callable[[Sequence[Unit]], None],
+        withdraw: Callable[[Component], None],
+        forget: Callable[[Component], None],
+    ) -> None:
+        self.components: list[Component] = []
+        self.streams = streams
+        self.homes = homes
+        self.lock = lock
+        self._transfers = transfers
+        self._stems = stems
+        self._clear = clear
+        self._withdraw = withdraw
+        self._forget = forget
+
+    def adopt(self, component: Component) -> Iterator[Unit]:
+        """Move a component's units to where they stay; yields each unit once it is there."""
+        self.components.append(component)
+        yield from self._take_in(component, component.units)
+
+    def exchange(self, before: Component, after: Component) -> None:
+        """Put `after` in the place of `before`, the same module taken apart anew; units in both stay put."""
+        self._withdraw(before)
+        self.streams.synchronize()  # copies from memory that is about to go
+        staying = set(after.units)
+        origin = {}
+        home = next((unit.weights.origin[0] for unit in before.units), None)  # also of what has come since
+        for unit in before.units:
+            if unit not in staying:
+                pairs = zip(unit.weights.tensors, unit.weights.origin, strict=True)
+                origin.update((id(tensor), where) for tensor, where in pairs)
+                # By way of the host: where they came from may have no room for all of them.
+                unit.weights.origin = [torch.device("cpu")] * len(unit.weights.tensors)
+                unit.weights.restore()
+        self.components[self.components.index(before)] = after
+        for other in self.components:
+            other.needs = [after if each is before else each for each in other.needs]
+        fresh = [unit for unit in after.units if unit.component is not before]
+        for unit in fresh:  # laid out for the bytes that their tensors had before
+            unit.weights = renewed(unit.weights)
+        for _ in self._take_in(after, fresh):
+            pass
+        for unit in after.units:
+            unit.component = after
+        for weights in (unit.weights for unit in fresh):
+            pairs = zip(weights.tensors, weights.origin, strict=True)
+            weights.origin = [origin.get(id(tensor), home or where) for tensor, where in pairs]
+        self._forget(before)
+        self.open_arena()
+
+    def _take_in(self, component: Component, units: list[Unit]) -> Iterator[Unit]:
+        for unit in units:
+            unit.component = component
+            unit.ready, unit.done = self.streams.event(), self.streams.event()
+        residents = set(component.residents)
+        for unit in units:
+            if unit in residents:
+                self._transfers.settle(unit)
+                yield unit
+        moving = [unit for unit in units if unit not in residents]
+        memory = self._transfers.tier.prepare([unit.nbytes for unit in moving])
+        for unit, host in zip(moving, memory, strict=True):
+            unit.weights.move_to_host(host)
+            yield unit
+
+    def open_arena(self) -> None:
+        """Give the streamed units of all components numbers, homes and an arena that holds them."""
+        self.homes.open(self.components)
+
+    def release(self, component: Component) -> None:
+        """Give a component its weights back, on the devices they came from."""
+        if component not in self.components:
+            return
+        self._withdraw(component)
+        self.streams.synchronize()  # copies from memory that is about to go
+        for unit in component.units:
+            unit.weights.restore()
+            unit.state = State.RESIDENT  # where it was: whoever still predicts it finds nothing to load
+        self.components.remove(component)
+        self._forget(component)
+        if not any(other.streamed for other in self.components):
+            self.homes.arena.buffer = None
+        self.streams.empty_cache()
+
+    def stream_again(self, unit: Unit) -> None:
+        """Undo `make_resident`."""
+        component = unit.component
+        if component not in self.components or unit not in component.residents:
+            return
+        component.residents.remove(unit)
+        component.streamed.append(unit)
+        component.streamed.sort(key=lambda each: each.number)
+        self._transfers.take_over(unit)
+        unit.state = State.OFFLOADED
+        self.homes.fit()
+
+    def make_resident(self, unit: Unit) -> None:
+        """Keep a streamed unit on the device from now on."""
+        component = unit.component
+        if component not in self.components or unit not in component.streamed:
+            return
+        self._clear([unit])
+        unit.weights = renewed(unit.weights)
+        self._transfers.settle(unit)
+        component.streamed.remove(unit)
+        component.residents.append(unit)
+
+    @contextmanager
+    def edit(self, component: Component) -> Iterator[None]:
+        """True weights on the host within; whatever was changed is taken over afterwards."""
+        with self.lock:
+            self._withdraw(component)
+            try:
+                yield
+            finally:  # whatever the editor managed to change before it failed is what counts
+                if component in self.components:  # not given back meanwhile
+                    self._take_edits(component)
+
+    def _take_edits(self, component: Component) -> None:
+        for unit in [*component.stem, *component.streamed]:
+            if not unit.weights.is_intact():
+                self._transfers.take_over(unit)
+        for unit in component.residents:
+            unit.weights = renewed(unit.weights)
+            self._transfers.settle(unit)
+        self.homes.fit()
+        if component.depth:
+            self._stems.bring(component)

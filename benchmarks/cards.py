@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -25,6 +26,7 @@ from models import CASES, Case, build, forward_of
 import diffusers_offload
 from diffusers_offload.budget import Choice, DeviceBudget
 from diffusers_offload.planner import choose_kept
+from diffusers_offload.policy import OffloadPolicy
 
 CARDS = (4, 8, 12, 16, 24)  # GB, as cards are sold: 10**9 bytes
 PLANNED = {
@@ -65,7 +67,10 @@ def _one(model: torch.nn.Module, handle: Any, case: Case, device: torch.device) 
     forward = forward_of(model, case, "full", device)
     engine = handle._engine
     held = next(iter(handle.holds.values()))
-    held.target = held.target.__class__(**{**vars(held.target), "flexible": True})
+    if held.target.policy.granularity != "block":  # the card before had too little memory for blocks
+        held.target = replace(held.target, policy=OffloadPolicy("block"))
+        held.renew()
+    held.target = replace(held.target, flexible=True)
     limit = engine.streams.available()
     engine.budget = DeviceBudget(limit, engine.streams)
     engine.follow(held.component, Choice())
@@ -106,11 +111,11 @@ def _one(model: torch.nn.Module, handle: Any, case: Case, device: torch.device) 
     for ratio in {max(0.0, 1 - room / total), *ratios}:
         kept = choose_kept([unit.nbytes for unit in component.streamed], int(total * (1 - ratio)))
         engine.follow(component, Choice(frozenset(component.streamed[i] for i in kept)))
-        try:
-            for _ in range(2):
-                forward()
-            milliseconds, _ = step_times(forward, max(2, case.forwards - 1), device)
-        except torch.OutOfMemoryError:
+        handle.reset()
+        for _ in range(2):
+            forward()
+        milliseconds, _ = step_times(forward, max(2, case.forwards - 1), device)
+        if handle.report().shortages:  # it did not fit, and ran with less
             continue
         result["sweep"].append({"ratio": ratio, "step_ms": median(milliseconds)})
     handle.reset()

@@ -170,8 +170,8 @@ def check_budget(plan: Plan, limit: int, given: bool = True) -> None:
     bound = f"max_device_memory={limit}" if given else f"the {size_text(limit)} that {plan.device} has free"
     raise ValueError(
         f"{bound} is {size_text(plan.device_bytes - limit)} too little for the weights alone: "
-        f"they need {', '.join(parts)}. Give more, or stream more: the policy 'block' for that component, "
-        "a larger offload_ratio, 'model' instead of 'resident'."
+        f"they need {', '.join(parts)}. Give more, or let less be there at once: smaller units ('phase' or 'leaf') for "
+        "that component, a larger offload_ratio, 'model' instead of 'resident'."
     )
 
 

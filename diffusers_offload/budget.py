@@ -94,16 +94,16 @@ class DeviceBudget:
         self.stopwatch = Stopwatch(streams) if timed else None
         return self._choose(component)
 
-    def end(self, component: Component, weights: int, slack: int) -> Choice | None:
-        """What `component` may keep from now on, its forward being over; None if it has no say in that.
+    def end(self, component: Component, weights: int, slack: int) -> Choice:
+        """What `component` may keep from now on, its forward being over.
 
         Args:
             weights: bytes of weights that were on the device for it anyway.
             slack: bytes of the arena that it could do without.
         """
         component.runs += 1
-        if self._running is not component:  # another component keeps units while this one runs
-            return None
+        if self._running is not component:  # it began under another budget, or under none
+            return Choice()
         self._running = None
         key = component, self._shapes[component]
         known = self._known.get(key)
@@ -163,6 +163,8 @@ class DeviceBudget:
 
     def _choose(self, component: Component) -> Choice:
         known = self._known.get((component, self._shapes.get(component)))
+        if component.contended:
+            return Choice()
         repeats = component.runs > 1 or any(unit.keeps for unit in component.streamed)
         if known is None or not repeats:
             return Choice()

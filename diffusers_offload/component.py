@@ -101,6 +101,7 @@ class Component:
         self.order: list[int] = []  # of its units, as the homes were assigned for it
         self.checked = False  # in this call: it holds the tensors that were taken in
         self.runs = 0  # forwards in this call
+        self.contended = False  # it alternates with one that had better not keep units, either
         self.surprise: list[int] | None = None  # the last order that the homes did not suit
         self.watch: Any = None  # looks for weights used past their unit, while the forward is new
         self.watched = False  # the latest forward was looked at

@@ -22,6 +22,7 @@ from .budget import Choice, DeviceBudget
 from .component import WAITING, Component, State, Unit
 from .homes import Homes
 from .learning import Learning
+from .recovery import is_out_of_memory
 from .report import Counters
 from .roster import Roster
 from .stems import Stems
@@ -83,12 +84,13 @@ class Engine:
     def call(self) -> Iterator[None]:
         """A call of the pipeline: other threads wait, and what came for it leaves, however it ends."""
         with self.lock:
-            under_way = len(self._stack)
+            under_way, using = len(self._stack), len(self._using)
             try:
                 yield
             finally:
                 while len(self._stack) > under_way:  # left by a hook that failed before the forward
                     self.leave(self._stack[-1], completed=False)
+                self._unwind(using)
                 self.call_ended()
 
     def enter(self, component: Component, shapes: tuple = ()) -> None:
@@ -112,10 +114,9 @@ class Engine:
         try:
             self._bring(component)
             if self.budget is not None and outermost:
-                others_keep = any(c.kept_bytes for c in self.components if c is not component)
+                self._contend(component)
                 own = self.standing_bytes(component) + component.kept_bytes
-                if not others_keep:
-                    self.follow(component, self.budget.begin(component, shapes, own))
+                self.follow(component, self.budget.begin(component, shapes, own))
                 self._transfers.stopwatch = self.budget.stopwatch
             if component.depth == 1:
                 self._notice_edits(component.streamed)
@@ -137,32 +138,62 @@ class Engine:
         """
         if component not in self._stack:
             return
-        while self._stack:
-            left = self._stack.pop()
-            left.depth -= 1
-            if left.depth == 0:
-                self._learning.end(left, completed)
-            if left is component:
-                break
         try:
+            for each in self._pop(component):
+                self._learning.end(each, completed)
             if component.depth == 0 and component.trace and self.homes.learn(component):
                 self.prefetch()
             if self.budget is not None and not self._stack:
                 self._transfers.stopwatch = None
-                if not completed:
+                if completed:
+                    choice = self.budget.end(component, self.weights_on_device(), self.homes.extra)
+                    self._try(component, choice)
+                else:
                     self.budget.abandon()
-                choice = self.budget.end(component, self.weights_on_device(), self.homes.slack)
-                if choice is not None:
-                    self.follow(component, choice)
         finally:
             if not self._stack:
                 caller, before, using = self._outside
                 caller.wait_stream(self.streams.compute)
                 self.streams.restore(before)
                 self._outside = None
-                while len(self._using) > using:  # left by a hook that failed before the forward
-                    self.release(self._using[-1])
-                self.lock.release()
+                try:
+                    self._unwind(using)
+                finally:
+                    self.lock.release()
+
+    def _pop(self, component: Component) -> list[Component]:
+        """Take forwards off the stack up to that of `component`; returns the components that run no longer."""
+        over = []
+        while self._stack:
+            left = self._stack.pop()
+            left.depth -= 1
+            if left.depth == 0:
+                over.append(left)
+            if left is component:
+                break
+        return over
+
+    def _unwind(self, using: int) -> None:
+        """End uses that a hook left under way, which failed before the forward."""
+        while len(self._using) > using:
+            self.release(self._using[-1])
+
+    def _contend(self, component: Component) -> None:
+        """Components that alternate within a step and both keep units would only drop each other's."""
+        for other in self.components:
+            if other is not component and other.kept_bytes:
+                self.keep(other, ())
+                other.contended = component.contended = True
+
+    def _try(self, component: Component, choice: Choice) -> None:
+        """`follow`, as far as the device has the memory: it was promised by measurements alone."""
+        try:
+            self.follow(component, choice)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.budget.tighten()
+            self.follow(component, Choice())
 
     @property
     def busy(self) -> bool:
@@ -318,10 +349,21 @@ class Engine:
                 for other in in_the_way:
                     if other.state is State.IN_USE or other.number in ahead:
                         return
-                self._load(unit, in_the_way, current)
+                if not self._load_ahead(unit, in_the_way, current):
+                    return
             elif unit.floats and unit.state is State.IN_USE and ahead:
                 return  # it leaves before it is used again
             ahead.add(number)
+
+    def _load_ahead(self, unit: Unit, in_the_way: list[Unit], current: Any) -> bool:
+        """Load a unit for later; if there is no memory for it now, its own forward will try again."""
+        try:
+            self._load(unit, in_the_way, current)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def _may_float(self, unit: Unit, ahead: set[int]) -> bool:
         """Whether another floating unit may be loaded; those that wait although they come later make room."""
@@ -340,9 +382,10 @@ class Engine:
 
     def _load(self, unit: Unit, in_the_way: list[Unit], current: Any = None) -> None:
         fits = not unit.floats and unit.slot is not None and unit.slot.numel() == unit.nbytes
-        unit.borrows = not fits or any(other.state is State.IN_USE for other in in_the_way)
-        if unit.borrows:
-            self._transfers.load(unit, self._transfers.allocate(unit.nbytes), current)
+        if not fits or any(other.state is State.IN_USE for other in in_the_way):
+            buffer = self._transfers.allocate(unit.nbytes)
+            unit.borrows = True
+            self._transfers.load(unit, buffer, current)
             if unit.floats:
                 self._afloat.append(unit)
             return
@@ -452,7 +495,8 @@ class Engine:
 
     def drop_kept(self, running: Component) -> bool:
         """Nothing is on the device that `running` does not need, but for residents; returns what that changed."""
-        others = [c for c in self.components if c.present and not c.depth and c is not running]
+        staying = (running, *running.needs)
+        others = [c for c in self.components if c.present and not c.depth and c not in staying]
         kept = [c for c in self.components if any(unit.keeps for unit in c.streamed)]
         self._leave(others)
         for component in kept:

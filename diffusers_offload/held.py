@@ -138,13 +138,20 @@ class Held:
             return False
         if recovery.missed_a_weight(error, self.component, engine.device):
             logger.info("%s: a weight was used past its unit for the first time; run again and watched", name)
-        elif recovery.is_out_of_memory(error) and self._make_room():
+        elif recovery.is_out_of_memory(error) and self._makes_room():
             engine.counters.shortages += 1
             logger.warning("%s: out of device memory; run again with less of the weights there", name)
         else:
             return False
         engine.restore_random()
         return True
+
+    def _makes_room(self) -> bool:
+        try:
+            return self._make_room()
+        except (RuntimeError, MemoryError):  # the host has no room, either: the first error tells
+            logger.warning("%s: what leaves the device found no room on the host", self.component.name)
+            return False
 
     def _make_room(self) -> bool:
         """Let go of what need not be on the device: kept blocks, then residents, then what is loaded ahead."""
@@ -170,8 +177,17 @@ class Held:
         self._detach_inside()
         self.target = self.target.renewed(before)
         others = owners_in(component for component in self.engine.components if component is not before)
-        self.component = build_component(self.target, others, before)
-        self.engine.roster.exchange(before, self.component)
+        after = build_component(self.target, others, before)
+        try:
+            self.engine.roster.exchange(before, after)
+        except BaseException:
+            self.component = after if after in self.engine.components else before
+            self._tensors, self.component.checked = (
+                set(),
+                False,
+            )  # so that the next forward takes it apart again
+            raise
+        self.component = after
         self._adopt_hooks()
 
     def _take_in(self) -> None:

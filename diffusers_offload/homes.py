@@ -38,6 +38,11 @@ class Homes:
         self._allocate = allocate
         self._clear = clear
 
+    @property
+    def extra(self) -> int:
+        """Bytes of the slack that the arena has."""
+        return self.slack if self.slots > 1 else 0
+
     def open(self, components: Sequence[Component]) -> None:
         """Give every streamed unit a number and a home; what was known of their order is forgotten."""
         self._components = list(components)
@@ -60,11 +65,21 @@ class Homes:
             return
         sizes = [[unit.nbytes for unit in component.homed] for component in self._components]
         needed = max(capacity_for(each, self.slots) for each in sizes)
-        needed += self.slack if self.slots > 1 else 0
+        needed += self.extra
         if needed != self.arena.capacity:
-            self._clear(self.units)
+            self._clear([unit for unit in self.units if unit.state is not State.RESIDENT])
             self.arena.buffer = None
-            self.arena.buffer = self._allocate(needed)
+            try:
+                self.arena.buffer = self._allocate(needed)
+            except RuntimeError:
+                if self.extra:
+                    self.slack = 0
+                elif self.slots > 1:
+                    self.slots = 1
+                else:
+                    raise
+                self.fit()  # a smaller one, so that whatever comes next finds one
+                raise
         for component in self._components:
             self.assign(component, component.order)
 
@@ -72,8 +87,9 @@ class Homes:
         """Give the component's units the homes that suit this order; those that stay need none."""
         component.order = order
         units = [self.units[number] for number in order]
+        units = [unit for unit in units if unit.state is not State.RESIDENT]
         self._clear(units)
-        self.arena.assign([unit for unit in units if not unit.keeps and unit.state is not State.RESIDENT])
+        self.arena.assign([unit for unit in units if not unit.keeps])
 
     def learn(self, component: Component) -> bool:
         """A forward has run: assign homes anew if they do not suit its order; returns whether they changed."""

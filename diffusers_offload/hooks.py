@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from . import guards, recovery
 from .component import Component, State, Unit
 from .engine import Engine
 
+_ATTEMPTS = 16  # times that a forward is run again: each leaves less on the device
 _MARKER = "diffusers.utils.accelerate_utils"  # where the decorator's wrapper is from
 
 
@@ -141,7 +143,17 @@ class ComponentHook(EngineHook):
         """`forward`, run again where that helps."""
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            return self._persist(lambda: forward(*args, **kwargs), lambda: self._enter(args, kwargs))
+            inputs = recovery.Inputs(args, kwargs)
+            first = True
+
+            def run() -> Any:
+                nonlocal first, args, kwargs
+                if not first:
+                    args, kwargs = inputs.again()
+                first = False
+                return forward(*args, **kwargs)
+
+            return self._persist(run, inputs.intact, lambda: self._enter(*inputs.again()))
 
         return guarded
 
@@ -158,18 +170,21 @@ class ComponentHook(EngineHook):
 
     def _enter(self, args: tuple, kwargs: dict) -> None:
         shapes = _shapes(args, kwargs) if self.engine.budget else ()
-        self._persist(lambda: self.engine.enter(self.component, shapes), lambda: None)
+        self._persist(lambda: self.engine.enter(self.component, shapes), lambda: True, lambda: None)
 
-    def _persist(self, run: Callable[[], Any], before_again: Callable[[], None]) -> Any:
+    def _persist(
+        self, run: Callable[[], Any], may_run_again: Callable[[], bool], before_again: Callable[[], None]
+    ) -> Any:
         """`run`; if it fails and that can be helped, help it and run again."""
-        while True:
+        for attempt in count():
             try:
                 return run()
             except BaseException as error:
                 self.engine.leave(self.component, completed=False)
                 failure = error
             recovery.let_go_of_tensors(failure)
-            if self.engine.busy or not self.held.recover(failure):
+            gives_up = attempt >= _ATTEMPTS or self.engine.busy or not may_run_again()
+            if gives_up or not self.held.recover(failure):
                 if not self.engine.busy:
                     self.engine.call_ended()  # nobody else is going to say so
                 raise failure

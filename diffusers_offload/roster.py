@@ -109,6 +109,7 @@ class Roster:
         for unit in component.units:
             unit.weights.restore()
             unit.state = State.RESIDENT  # where it was: whoever still predicts it finds nothing to load
+        self.streams.synchronize()  # copies out of memory that is now free
         self.components.remove(component)
         self._forget(component)
         if not any(other.streamed for other in self.components):
@@ -125,6 +126,7 @@ class Roster:
         component.streamed.sort(key=lambda each: each.number)
         self._transfers.take_over(unit)
         unit.state = State.OFFLOADED
+        self._forget(component)
         self.homes.fit()
 
     def make_resident(self, unit: Unit) -> None:
@@ -137,6 +139,7 @@ class Roster:
         self._transfers.settle(unit)
         component.streamed.remove(unit)
         component.residents.append(unit)
+        self._forget(component)  # what was measured was measured without it
 
     @contextmanager
     def edit(self, component: Component) -> Iterator[None]:

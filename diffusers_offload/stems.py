@@ -23,8 +23,12 @@ class Stems:
         """The stem of `component` is there for what is queued on the current stream from now on."""
         if not component.present:
             component.present = True  # from here on, whatever happens, sending it away undoes what was done
-            for unit in component.stem:
-                self.bring_unit(unit)
+            try:
+                for unit in component.stem:
+                    self.bring_unit(unit)
+            except BaseException:  # half a stem is none
+                self.send_away(component)
+                raise
         stream = self._streams.current()
         if stream not in component.users:
             for unit in component.stem:

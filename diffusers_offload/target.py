@@ -71,7 +71,8 @@ class Target:
         findings = Findings(self.findings.bypassed | bypassed, self.findings.strays | single)
         granularity = self.policy.granularity if self.policy.streams else "block"
         anatomy = dissect(self.module, granularity, self.blocks, findings)
-        staying = {id(module) for i in self.residents for module in self.anatomy.parts[i].modules}
+        stay = [module for i in self.residents for module in self.anatomy.parts[i].modules]
+        staying = {id(part) for module in stay for part in module.modules()}
         residents = frozenset(
             i for i, part in enumerate(anatomy.parts) if all(id(module) in staying for module in part.modules)
         )
@@ -121,11 +122,11 @@ def build_component(
 
     def unit(role: str, name: str, tensors: Sequence[torch.Tensor], part: Part | None = None) -> Unit:
         modules, opener = (part.modules, part.opener) if part is not None else ((), None)
-        again = earlier.get((role, modules, opener, tuple(map(id, tensors))))
+        floats = target.policy.granularity == "leaf" and part is not None
+        again = earlier.get((role, modules, opener, floats, tuple(map(id, tensors))))
         if again is not None:
             again.name = name
             return again
-        floats = target.policy.granularity == "leaf" and part is not None
         return Unit(name, modules, Weights(tensors), opener, floats)
 
     def pieces(role: str, tensors: Sequence[torch.Tensor]) -> list[Unit]:
@@ -157,7 +158,7 @@ def _by_contents(component: Component) -> dict[tuple, Unit]:
     """The units of a component that lie where they were put, by role, modules and tensors."""
     roles = {"stem": component.stem, "resident": component.residents, "streamed": component.streamed}
     return {
-        (role, unit.modules, unit.opener, tuple(map(id, unit.weights.tensors))): unit
+        (role, unit.modules, unit.opener, unit.floats, tuple(map(id, unit.weights.tensors))): unit
         for role, units in roles.items()
         for unit in units
         if unit.weights.is_undisturbed()

@@ -218,3 +218,121 @@ def test_a_full_card():
         assert pipe.block_offload.report().resident_bytes == 0
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+class Taking(nn.Module):
+    """Takes items out of a list that it is given, or writes to a tensor."""
+
+    def __init__(self, writes=False):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(4))
+        self.writes = writes
+
+    def forward(self, x, extra=None):
+        if self.writes:
+            x.mul_(2)
+        for block in self.blocks:
+            x = block(x)
+            if extra:
+                x = x + extra.pop(0)
+        return x
+
+
+def test_a_list_that_the_forward_empties_is_full_again(device):
+    net = Taking().to(device).requires_grad_(False)
+    x, extra = torch.randn(2, 8, device=device), [torch.randn(2, 8, device=device) for _ in range(3)]
+    expected = net(x, extra=list(extra))
+    handle = diffusers_offload.enable_block_offload(net, device=device, offload_ratio=0.5)
+    shortage_in(net.blocks[3], lambda: handle.report().resident_bytes)
+    assert torch.equal(net(x, extra=list(extra)), expected)
+    assert handle.report().shortages == 1
+
+
+def test_a_forward_that_writes_to_its_input_is_not_run_again(device):
+    net = Taking(writes=True).to(device).requires_grad_(False)
+    handle = diffusers_offload.enable_block_offload(net, device=device, offload_ratio=0.5)
+    shortage_in(net.blocks[3], lambda: handle.report().resident_bytes)
+    with pytest.raises(torch.OutOfMemoryError):
+        net(torch.randn(2, 8, device=device))
+
+
+def test_components_that_share_tensors_give_up_as_well(device):
+    from diffusers_offload.handle import OffloadHandle
+    from diffusers_offload.policy import parse_request
+    from diffusers_offload.routing import plan_targets
+
+    one, other = Taking(), Taking()
+    other.blocks[1] = one.blocks[1]
+    modules = {"one": one.requires_grad_(False), "other": other.requires_grad_(False)}
+    request = parse_request("block", 1.0, None, tuple(modules))
+    where = torch.device(device) if device == "cpu" else torch.device(device, 0)
+    handle = OffloadHandle(plan_targets(modules, request, where), where, request)
+    hook = shortage_in(other.blocks[3], lambda: True)
+    x = torch.randn(2, 8, device=device)
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        other(x)
+    hook.remove()
+    with torch.no_grad():
+        found = other(x)
+        handle.disable()
+        assert torch.equal(found, other.to(device)(x))
+
+
+def test_half_a_stem_is_no_stem():
+    pipe = build("flux")
+    expected = run(pipe, "flux")
+    pipe.enable_block_offload(device="cpu", components={"vae": "leaf"})
+    engine = pipe.block_offload._engine
+    real, left = engine._stems.bring_unit, [3]
+
+    def failing(unit):
+        left[0] -= 1
+        if left[0] == 0:
+            raise out_of_memory()
+        real(unit)
+
+    engine._stems.bring_unit = failing
+    with (
+        pytest.raises(torch.OutOfMemoryError)
+        if not pipe.block_offload.plan.arena_bytes
+        else warnings_of_ours()
+    ):
+        assert torch.equal(run(pipe, "flux"), expected)
+    assert all(unit.state.value != "in_use" for c in engine.components if not c.present for unit in c.stem)
+    assert torch.equal(run(pipe, "flux"), expected)
+
+
+def test_a_forward_broken_off_is_no_measurement():
+    pipe = build("flux")
+    pipe.enable_block_offload(device="cpu", max_device_memory="1GiB", offload_ratio=1.0)
+    budget = pipe.block_offload._engine.budget
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    hook = pipe.transformer.transformer_blocks[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, "flux")
+    hook.remove()
+    assert not any(component.name == "transformer" for component, _ in budget._known)
+
+
+def test_the_host_may_have_no_room_for_what_leaves(monkeypatch):
+    pipe = build("flux")
+    expected = run(pipe, "flux")
+    pipe.enable_block_offload(device="cpu", offload_ratio=0.5)
+    tier = pipe.block_offload._engine._transfers.tier
+    hook = shortage_in(pipe.transformer.proj_out, lambda: pipe.block_offload.report().resident_bytes)
+
+    def full(sizes):
+        raise MemoryError("no more")
+        yield
+
+    monkeypatch.setattr(tier, "prepare", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(pipe, "flux")
+    monkeypatch.undo()
+    hook.remove()
+    assert torch.equal(run(pipe, "flux"), expected)
+    pipe.disable_block_offload()
+    assert torch.equal(run(pipe, "flux"), expected)

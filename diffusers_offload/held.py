@@ -182,10 +182,10 @@ class Held:
             self.engine.roster.exchange(before, after)
         except BaseException:
             self.component = after if after in self.engine.components else before
-            self._tensors, self.component.checked = (
-                set(),
-                False,
-            )  # so that the next forward takes it apart again
+            self._tensors = set()  # so that the next forward takes it apart again
+            self.component.checked = False
+            for _, hook in self._hooks[:1]:
+                hook.component = self.component
             raise
         self.component = after
         self._adopt_hooks()

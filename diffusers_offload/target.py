@@ -161,7 +161,7 @@ def _by_contents(component: Component) -> dict[tuple, Unit]:
         (role, unit.modules, unit.opener, unit.floats, tuple(map(id, unit.weights.tensors))): unit
         for role, units in roles.items()
         for unit in units
-        if unit.weights.is_undisturbed()
+        if unit.weights.is_undisturbed() and (role == "resident" or unit.weights.host is not None)
     }
 
 

@@ -89,7 +89,7 @@ class Weights:
 
     def is_undisturbed(self) -> bool:
         """Whether the tensors point where they were moved, on the host or to stay on the device."""
-        if self.host is None and not self.moved:
+        if self.host is None and not self._device_views:  # not moved, or there already
             return True
         in_place = self.is_intact() if self.host is not None else not self.was_replaced()
         return in_place and self.keeps_layout()

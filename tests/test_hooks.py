@@ -155,3 +155,19 @@ def test_diffusers_own_hooks_survive(place, when):
     part._diffusers_hook.remove_hook("doubling")
     assert torch.equal(run(pipe, "flux"), expected)
     assert Doubling.calls == once
+
+
+def test_a_component_with_a_block_whose_hook_is_gone_is_taken_apart_anew(device):
+    from accelerate.hooks import remove_hook_from_module
+
+    pipe = build("flux", device=device)
+    expected = run(pipe, "flux")
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0)
+    run(pipe, "flux")
+    remove_hook_from_module(pipe.transformer.transformer_blocks[1])
+    assert torch.equal(run(pipe, "flux"), expected)
+    pipe.transformer.register_buffer("more", torch.zeros(3))  # new tensors: the component is looked at again
+    for _ in range(2):
+        assert torch.equal(run(pipe, "flux"), expected)
+    pipe.disable_block_offload()
+    assert torch.equal(run(pipe.to(device), "flux"), expected)

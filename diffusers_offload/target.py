@@ -12,7 +12,7 @@ from . import planner, slab
 from .component import Component, Unit
 from .planner import ComponentPlan, Plan, UnitSize
 from .policy import STREAMING, OffloadPolicy
-from .units import Anatomy, Findings, Part, chunks, dissect, tensors_of
+from .units import Anatomy, Findings, Part, chunks, dissect, silent_writers, tensors_of
 from .weights import Weights
 
 STEM_CHUNK = 256 * 2**20  # bytes moved at once, so that moving a large stem never doubles it
@@ -115,6 +115,7 @@ def build_component(
         owner = owners.setdefault(id(tensor), component)
         if owner is not component and owner not in component.needs:
             component.needs.append(owner)
+    writers = silent_writers(target.module)
     earlier = _by_contents(before) if before is not None else {}
 
     def own(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -127,7 +128,7 @@ def build_component(
         if again is not None:
             again.name = name
             return again
-        return Unit(name, modules, Weights(tensors), opener, floats)
+        return Unit(name, modules, Weights(tensors, writers), opener, floats)
 
     def pieces(role: str, tensors: Sequence[torch.Tensor]) -> list[Unit]:
         groups = chunks(own(tensors), STEM_CHUNK)

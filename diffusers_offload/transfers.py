@@ -115,6 +115,6 @@ class Transfers:
 
 def renewed(weights: Weights) -> Weights:
     """The same tensors laid out anew, as they are now; where they came from is remembered."""
-    fresh = Weights(weights.tensors)
+    fresh = Weights(weights.tensors, weights.writers)
     fresh.origin, fresh.moved = weights.origin, weights.moved
     return fresh

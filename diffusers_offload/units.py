@@ -110,6 +110,17 @@ def own_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
         yield from (tensor for tensor in held.values() if tensor is not None)
 
 
+def silent_writers(module: nn.Module) -> dict[int, nn.Module]:
+    """For the id of a buffer, the module that writes to it in training mode by a kernel that does not count it."""
+    return {
+        id(buffer): part
+        for part in module.modules()
+        if getattr(part, "track_running_stats", False)
+        for buffer in part._buffers.values()
+        if buffer is not None
+    }
+
+
 def chunks(tensors: Sequence[torch.Tensor], limit: int) -> list[list[torch.Tensor]]:
     """Split `tensors` into groups of about `limit` bytes; tensors that share a storage stay together."""
     groups: list[list[torch.Tensor]] = []

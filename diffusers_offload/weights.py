@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,10 +18,15 @@ class Weights:
 
     Args:
         tensors: distinct tensors, of any dtype and stride.
+        writers: for the id of a tensor, the module that writes to it without counting while it trains.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], writers: Mapping[int, torch.nn.Module] | None = None
+    ) -> None:
         self.tensors = list(tensors)
+        self.writers = writers or {}
+        self._silent = [(i, self.writers[id(t)]) for i, t in enumerate(self.tensors) if id(t) in self.writers]
         self.layout = slab.lay_out(self.tensors)
         self.nbytes = self.layout.nbytes
         self.host: HostMemory | None = None
@@ -71,12 +76,13 @@ class Weights:
         """Point the tensors at the host bytes; returns which of them were written to while bound."""
         versions = self._count_writes()
         self._point_at(self._host_views)
+        silent = [i for i, writer in self._silent if writer.training] + self._uncounted
         if versions == self._versions:
-            return self._uncounted
+            return silent
         self._versions, earlier = versions, self._versions
         pairs = zip(self._counting, versions, earlier, strict=True)
         written = {id(tensor) for tensor, now, before in pairs if now != before}
-        return [i for i, tensor in enumerate(self.tensors) if id(tensor) in written] + self._uncounted
+        return [i for i, tensor in enumerate(self.tensors) if id(tensor) in written] + silent
 
     def write_back(self, changed: Sequence[int]) -> None:
         """Queue, on the current stream, the copies of `changed` from the device to the host."""

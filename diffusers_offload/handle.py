@@ -39,6 +39,7 @@ class OffloadHandle:
         request: what the call asked for; components that come later follow it, too.
         max_device_memory: the bound on the device's peak in bytes, the device's own if none was given; None
             where nobody counts.
+        bound_given: the user set that bound; otherwise it is what the device had free.
         following: what components get that its owner comes to have later (see `modular`); None if it has a
             fixed set of them.
     """
@@ -53,6 +54,7 @@ class OffloadHandle:
         self.device = device
         self.request = request
         self.max_device_memory = max_device_memory
+        self.bound_given = True
         self.following: Any = None
         self.plan = make_plan(targets, device)
         streams = open_streams(device)

@@ -74,6 +74,10 @@ class Held:
         It is taken apart anew if it holds other tensors than before (adapters, fused projections) or tensors of
         other shapes, or if it was seen to use weights in other places than their unit's forward.
         """
+        for owner in [
+            each for each in self.component.needs if each.strays
+        ]:  # found while this one ran its units
+            find_held(owner.module).renew()
         self.refuse_lost_hook()
         refusals.refuse_since(self.component.name, self.module)
         for module, hook in self._hooks[1:]:

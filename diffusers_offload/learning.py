@@ -12,7 +12,7 @@ import torch
 
 from .component import Component, State, Stray, Unit
 from .units import own_tensors
-from .watch import runs_within, watch_units
+from .watch import Watch, runs_within, watch_units
 
 
 class Learning:
@@ -26,6 +26,7 @@ class Learning:
     def __init__(self, use: Callable[[Unit], None], finish: Callable[[Unit], None]) -> None:
         self._use = use
         self._finish = finish
+        self._watches: list[Watch] = []  # of the forwards under way that are watched, innermost last
 
     def begin(self, component: Component) -> None:
         """A forward of `component` begins."""
@@ -43,14 +44,14 @@ class Learning:
         if component.watch is None and component.depth and unit not in component.met:
             component.known = False  # nobody has seen yet what it does
             self._watch(component)
-        if component.watch is not None and not opening:
+        if self._watches and not opening:
             component.ran.add(unit)
 
     def part(self, unit: Unit) -> None:
         """A use of `unit` ends. Views that outlive it (it returned one, say) must not look at others' bytes."""
-        if unit.component.watch is None:
+        if not self._watches:
             return
-        for tensor in unit.component.watch.views_left(unit.weights.tensors):
+        for tensor in self._watches[-1].views_left(unit.weights.tensors):
             unit.component.strays.append(Stray(unit, tensor, within=False))
             self._cling(unit)
 
@@ -60,20 +61,25 @@ class Learning:
         component.watched = watch is not None
         if watch is not None:
             watch.__exit__(None, None, None)
-            component.known = completed and not component.strays
+            self._watches.remove(watch)
+            lent = [each for each in component.needs if not each.depth]
+            component.known = completed and not any(each.strays for each in (component, *lent))
             component.checked = component.checked and component.known
             if component.known:
                 component.met |= component.ran
         component.known = component.known and completed  # it may have failed for want of a weight: look again
-        component.late = None
-        for unit in component.streamed if watch is not None or not completed else ():
-            unit.depth, unit.clings = 0, False
-            self._finish(unit)
+        for each in (component, *(each for each in component.needs if not each.depth)):
+            each.late = None
+            for unit in each.streamed if watch is not None or not completed else ():
+                unit.depth, unit.clings = 0, False
+                self._finish(unit)
 
     def _watch(self, component: Component) -> None:
-        if component.streamed:
-            component.watch = watch_units(component.streamed, self._use_past, self._cling)
+        units = [unit for each in (component, *component.needs) for unit in each.streamed]
+        if units:
+            component.watch = watch_units(units, self._use_past, self._cling)
             component.watch.__enter__()
+            self._watches.append(component.watch)
 
     def _use_past(self, unit: Unit, tensor: torch.Tensor) -> None:
         """`tensor` is about to be used although no forward of its unit is under way."""

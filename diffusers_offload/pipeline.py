@@ -86,6 +86,7 @@ class BlockOffloadMixin:
             leaving = []  # sizes stay, but the storages behind the tensors are new: take the modules apart again
             request, targets = fit(route, request, limits, device)
         handle = OffloadHandle(targets, device, request, limits.device)
+        handle.bound_given = limits.given
         setattr(self, _HANDLE, handle)
         guard_calls(type(self))
         _announce(handle)

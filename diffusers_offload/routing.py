@@ -63,9 +63,7 @@ def check_exchange(
         raise RuntimeError(f"components cannot be exchanged in the middle of a forward: {', '.join(modules)}")
     targets = plan_targets(coming, request or handle.request, handle.device, leaving)
     if coming and handle.max_device_memory is not None:
-        planner.check_budget(
-            handle.plan_with(targets, leaving), handle.max_device_memory, not handle.request.decides
-        )
+        planner.check_budget(handle.plan_with(targets, leaving), handle.max_device_memory, handle.bound_given)
 
 
 def follow(handle: OffloadHandle, modules: Mapping[str, nn.Module], request: Request | None = None) -> bool:

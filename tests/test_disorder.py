@@ -171,9 +171,6 @@ def test_blocks_that_two_components_share(calls, first, second, device):
     assert torch.equal(pipe.to(device)(everything), resident(everything))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="who runs another component's units neither watches them nor takes them apart"
-)
 @pytest.mark.parametrize("granularity", ["phase", "leaf"])
 def test_a_shared_block_with_weights_of_its_own_runs_in_the_second_component(granularity, device):
     pipe, resident = _pair(Block), _pair(Block).to(device)

@@ -74,6 +74,8 @@ class DeviceStreams:
 
     def available(self) -> int:
         """Bytes of the device that this process may have: what it has already, and what is free."""
+        if not hasattr(self._module, "mem_get_info"):  # nobody says what is free: all of it, then
+            return self._module.get_device_properties(self.device).total_memory
         free, total = self._module.mem_get_info(self.device)
         fraction = getattr(self._module, "get_per_process_memory_fraction", None)
         share = int(fraction(self.device) * total) if fraction is not None else total

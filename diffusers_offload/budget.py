@@ -87,8 +87,8 @@ class DeviceBudget:
         self.seen = max(self.seen, streams.peak())
         if known is None:
             streams.empty_cache()  # what lies there unused would count as needed
+            self._others_reserved = max(0, streams.reserved() - weights)
         self._others = max(0, streams.allocated() - weights)
-        self._others_reserved = max(self._others, streams.reserved() - weights)
         streams.begin_peak()
         timed = known is not None and known.work is None and streams.asynchronous and component.streamed
         self.stopwatch = Stopwatch(streams) if timed else None
@@ -163,14 +163,10 @@ class DeviceBudget:
 
     def _choose(self, component: Component) -> Choice:
         known = self._known.get((component, self._shapes.get(component)))
-        if component.contended:
-            return Choice()
         repeats = component.runs > 1 or any(unit.keeps for unit in component.streamed)
-        if known is None or not repeats:
+        if known is None or component.contended or not repeats:
             return Choice()
-        if (
-            known.work is None and self._streams.asynchronous
-        ):  # what is kept is allocated, which would be timed
+        if known.work is None and self._streams.asynchronous:  # to keep is to allocate, which would be timed
             return Choice()
         room = max(0, int(self.limit * (1 - _RESERVE)) - known.need - self._others)
         if not known.room * 0.98 <= room <= known.room * 1.02:  # what others have there may vary a little

@@ -115,8 +115,11 @@ class Engine:
             self._bring(component)
             if self.budget is not None and outermost:
                 self._contend(component)
-                own = self.standing_bytes(component) + component.kept_bytes
-                self.follow(component, self.budget.begin(component, shapes, own))
+                choice = Choice()
+                if component.streamed:
+                    own = self.standing_bytes(component) + component.kept_bytes
+                    choice = self.budget.begin(component, shapes, own)
+                self.follow(component, choice)
                 self._transfers.stopwatch = self.budget.stopwatch
             if component.depth == 1:
                 self._notice_edits(component.streamed)
@@ -143,7 +146,7 @@ class Engine:
                 self._learning.end(each, completed)
             if component.depth == 0 and component.trace and self.homes.learn(component):
                 self.prefetch()
-            if self.budget is not None and not self._stack:
+            if self.budget is not None and not self._stack and component.streamed:
                 self._transfers.stopwatch = None
                 if completed:
                     choice = self.budget.end(component, self.weights_on_device(), self.homes.extra)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from . import planner
+from .planner import Plan
 from .policy import STREAMING, Request
 from .report import size_text
 from .streams import Streams
 from .target import Target, make_plan
+from .units import tensors_of
 
 _ACTIVATIONS_SHARE = 0.2  # of the device, left to what computing needs where everything is to stay ...
 _ACTIVATIONS_AT_MOST = 4 * 2**30  # ... and bytes of it that are enough
@@ -25,23 +28,41 @@ class Limits:
         device: on the device, activations included.
         given: the user set it; otherwise it is what the device has.
         host: of weights on the host.
+        others: of the device, what holds no weights of the modules in question.
     """
 
-    device: int | None
-    given: bool
-    host: int | None
+    device: int | None = None
+    given: bool = True
+    host: int | None = None
+    others: int = 0
 
 
-def limits_for(streams: Streams, device_memory: int | None, host_memory: int | None, decides: bool) -> Limits:
-    """The bounds of one call.
+NO_LIMITS = Limits()
+
+
+def limits_for(
+    streams: Streams,
+    device_memory: int | None,
+    host_memory: int | None,
+    decides: bool,
+    leaving: int,
+) -> Limits:
+    """The bounds of one call, as things are now.
 
     Args:
         device_memory, host_memory: those that the user set.
         decides: the user left it to us what streams: an accelerator's free memory is a bound then.
+        leaving: bytes on the device that are the modules' own now, and are going to make room.
     """
-    if device_memory is None and decides and streams.asynchronous:
-        return Limits(streams.available(), False, host_memory)
-    return Limits(device_memory, True, host_memory)
+    given = device_memory is not None or not decides or not streams.asynchronous
+    others = max(0, streams.allocated() - leaving)
+    return Limits(device_memory if given else streams.available(), given, host_memory, others)
+
+
+def bytes_on(device: torch.device, modules: Iterable[nn.Module]) -> int:
+    """Bytes of the modules' weights that are on `device`."""
+    tensors = {id(t): t for module in modules for t in tensors_of(module) if t.device == device}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def fit(
@@ -58,7 +79,7 @@ def fit(
     request, targets = _fit_host(route, request, limits.host, device)
     if limits.device is None:
         return request, targets
-    if device.type != "cpu" and request.decides and _all_fits(targets, limits.device):
+    if device.type != "cpu" and request.decides and _all_fits(targets, limits.device - limits.others):
         named = request.by_name
         return request, [each if each.name in named else each.resident() for each in targets]
     refused: ValueError | None = None
@@ -66,12 +87,18 @@ def fit(
         finer = replace(request, default=replace(request.default, granularity=granularity))
         found = targets if finer == request else route(finer)
         try:
-            planner.check_budget(make_plan(found, device), limits.device, limits.given)
+            check(make_plan(found, device), limits)
         except ValueError as error:
             refused = error
         else:
             return finer, found
     raise refused
+
+
+def check(plan: Plan, limits: Limits) -> None:
+    """Raise ValueError if the weights that must be on the device at once do not fit there."""
+    if limits.device is not None:
+        planner.check_budget(plan, limits.device, limits.given, limits.others)
 
 
 def _fit_host(

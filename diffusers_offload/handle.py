@@ -17,6 +17,7 @@ from .budget import DeviceBudget
 from .calls import calling, engines_of, exclusively
 from .component import Unit
 from .engine import Engine
+from .fitting import NO_LIMITS, Limits
 from .held import Held, find_held
 from .planner import ComponentPlan, Plan
 from .policy import Request
@@ -37,9 +38,7 @@ class OffloadHandle:
         plan: the `Plan`.
         device: where the components compute.
         request: what the call asked for; components that come later follow it, too.
-        max_device_memory: the bound on the device's peak in bytes, the device's own if none was given; None
-            where nobody counts.
-        bound_given: the user set that bound; otherwise it is what the device had free.
+        limits: the bounds that it was made for.
         following: what components get that its owner comes to have later (see `modular`); None if it has a
             fixed set of them.
     """
@@ -49,18 +48,15 @@ class OffloadHandle:
         targets: Sequence[Target],
         device: torch.device,
         request: Request,
-        max_device_memory: int | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         self.device = device
         self.request = request
-        self.max_device_memory = max_device_memory
-        self.bound_given = True
+        self.limits = limits
         self.following: Any = None
         self.plan = make_plan(targets, device)
         streams = open_streams(device)
-        self._engine = Engine(
-            streams, DeviceBudget(max_device_memory, streams) if max_device_memory else None
-        )
+        self._engine = Engine(streams, DeviceBudget(limits.device, streams) if limits.device else None)
         self._held: dict[str, Held] = {}
         try:
             self.take_in(targets)
@@ -121,6 +117,10 @@ class OffloadHandle:
         budget = self._engine.budget
         found = {c.name: budget.predict(c) for c in self._engine.components} if budget is not None else {}
         return {name: prediction for name, prediction in found.items() if prediction is not None}
+
+    def weights_on_device(self) -> int:
+        """Bytes of weights that are on the device now, the arena included."""
+        return self._engine.weights_on_device()
 
     def reset(self) -> None:
         """Count from zero again."""

@@ -74,9 +74,10 @@ class Held:
         It is taken apart anew if it holds other tensors than before (adapters, fused projections) or tensors of
         other shapes, or if it was seen to use weights in other places than their unit's forward.
         """
+        # What others own was watched, too, while this one ran it.
         for owner in [
-            each for each in self.component.needs if each.strays
-        ]:  # found while this one ran its units
+            each for each in self.component.needs if each.strays and each in self.engine.components
+        ]:
             find_held(owner.module).renew()
         self.refuse_lost_hook()
         refusals.refuse_since(self.component.name, self.module)
@@ -142,7 +143,7 @@ class Held:
             return False
         if recovery.missed_a_weight(error, self.component, engine.device):
             logger.info("%s: a weight was used past its unit for the first time; run again and watched", name)
-        elif recovery.is_out_of_memory(error) and self._makes_room():
+        elif recovery.is_out_of_memory(error) and self._makes_room(error):
             engine.counters.shortages += 1
             logger.warning("%s: out of device memory; run again with less of the weights there", name)
         else:
@@ -150,7 +151,8 @@ class Held:
         engine.restore_random()
         return True
 
-    def _makes_room(self) -> bool:
+    def _makes_room(self, error: BaseException) -> bool:
+        recovery.let_go_of_tensors(error)
         try:
             return self._make_room()
         except (RuntimeError, MemoryError):  # the host has no room, either: the first error tells

@@ -128,8 +128,6 @@ class ComponentHook(EngineHook):
             # never calls `post_forward`. Those of an autoencoder we guard ourselves (`entry`).
             args, kwargs = self.send(module, args, kwargs)
             if args or kwargs:
-                if self.engine.budget is not None and not self.engine.busy:
-                    self.held.fit(_shapes(args, kwargs))
                 self._enter(args, kwargs)
             else:
                 self.engine.touch(self.component)
@@ -144,16 +142,17 @@ class ComponentHook(EngineHook):
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             inputs = recovery.Inputs(args, kwargs)
-            first = True
+            given = (args, kwargs)
 
             def run() -> Any:
-                nonlocal first, args, kwargs
-                if not first:
-                    args, kwargs = inputs.again()
-                first = False
-                return forward(*args, **kwargs)
+                return forward(*given[0], **given[1])
 
-            return self._persist(run, inputs.intact, lambda: self._enter(*inputs.again()))
+            def before_again() -> None:
+                nonlocal given
+                given = inputs.again()
+                self._enter(*given)
+
+            return self._persist(run, inputs.intact, before_again)
 
         return guarded
 
@@ -169,7 +168,11 @@ class ComponentHook(EngineHook):
         return entry
 
     def _enter(self, args: tuple, kwargs: dict) -> None:
-        shapes = _shapes(args, kwargs) if self.engine.budget else ()
+        shapes = ()
+        if self.engine.budget is not None:
+            shapes = _shapes(args, kwargs)
+            if not self.engine.busy:
+                self.held.fit(shapes)
         self._persist(lambda: self.engine.enter(self.component, shapes), lambda: True, lambda: None)
 
     def _persist(
@@ -182,12 +185,15 @@ class ComponentHook(EngineHook):
             except BaseException as error:
                 self.engine.leave(self.component, completed=False)
                 failure = error
-            recovery.let_go_of_tensors(failure)
             gives_up = attempt >= _ATTEMPTS or self.engine.busy or not may_run_again()
             if gives_up or not self.held.recover(failure):
                 if not self.engine.busy:
                     self.engine.call_ended()  # nobody else is going to say so
-                raise failure
+                try:
+                    raise failure
+                finally:
+                    failure = None  # which knows this frame, and so would keep what it holds
+            failure = None
             before_again()
 
     def detach_hook(self, module: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import guards
 from .calls import engines_of, exclusively, guard_calls
-from .fitting import fit, limits_for
+from .fitting import bytes_on, fit, limits_for
 from .handle import OffloadHandle, held_policy
 from .held import find_held
 from .log import logger
@@ -73,20 +73,19 @@ class BlockOffloadMixin:
         refuse_device_map(self)
         before = self.block_offload
         leaving = [h for h in before.holds.values() if h.owners == {before}] if before is not None else []
-        limits = limits_for(
-            open_streams(device), limit, parse_bytes("max_host_memory", max_host_memory), request.decides
-        )
+        ours = before.weights_on_device() if before is not None else bytes_on(device, modules.values())
+        host_limit = parse_bytes("max_host_memory", max_host_memory)
+        limits = limits_for(open_streams(device), limit, host_limit, request.decides, ours)
 
         def route(request: Request) -> list[Target]:
             return plan_targets(modules, request, device, leaving)
 
-        request, targets = fit(route, request, limits, device)
+        fitting, targets = fit(route, request, limits, device)
         if before is not None:
             before.disable()
             leaving = []  # sizes stay, but the storages behind the tensors are new: take the modules apart again
-            request, targets = fit(route, request, limits, device)
-        handle = OffloadHandle(targets, device, request, limits.device)
-        handle.bound_given = limits.given
+            fitting, targets = fit(route, request, limits, device)
+        handle = OffloadHandle(targets, device, fitting, limits)
         setattr(self, _HANDLE, handle)
         guard_calls(type(self))
         _announce(handle)
@@ -192,11 +191,12 @@ def enable_block_offload(
         parse_bytes("max_device_memory", max_device_memory),
         parse_bytes("max_host_memory", max_host_memory),
         request.decides,
+        bytes_on(device, [module]),
     )
     request, targets = fit(
         lambda request: plan_targets({name: module}, request, device, asked={name}), request, limits, device
     )
-    handle = OffloadHandle(targets, device, request, limits.device)
+    handle = OffloadHandle(targets, device, request, limits)
     _announce(handle)
     return handle
 

@@ -150,13 +150,15 @@ def keep_pace(sizes: Sequence[int], targets: Sequence[float]) -> set[int]:
     return units
 
 
-def check_budget(plan: Plan, limit: int, given: bool = True) -> None:
+def check_budget(plan: Plan, limit: int, given: bool = True, others: int = 0) -> None:
     """Raise ValueError if the weights that must be on the device at once exceed `limit` bytes.
 
     Args:
         given: the user set the limit; otherwise it is what the device has.
+        others: bytes of it that something else holds.
     """
-    if plan.device_bytes <= limit:
+    missing = plan.device_bytes + others - limit
+    if missing <= 0:
         return
     parts = [f"{size_text(plan.arena_bytes)} for the arena (two units)"] if plan.arena_bytes else []
     largest = max(plan.components, key=lambda component: component.stem_bytes + component.floating_bytes)
@@ -167,9 +169,11 @@ def check_budget(plan: Plan, limit: int, given: bool = True) -> None:
             f"{size_text(largest.floating_bytes)} for the layers of {largest.name} in use and on their way"
         )
     parts += [f"{size_text(c.resident_bytes)} that stay of {c.name}" for c in plan.components if c.residents]
+    if others:
+        parts.append(f"and {size_text(others)} are taken by others")
     bound = f"max_device_memory={limit}" if given else f"the {size_text(limit)} that {plan.device} has free"
     raise ValueError(
-        f"{bound} is {size_text(plan.device_bytes - limit)} too little for the weights alone: "
+        f"{bound} is {size_text(missing)} too little for the weights alone: "
         f"they need {', '.join(parts)}. Give more, or let less be there at once: smaller units ('phase' or 'leaf') for "
         "that component, a larger offload_ratio, 'model' instead of 'resident'."
     )

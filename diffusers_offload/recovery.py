@@ -49,7 +49,6 @@ class Inputs:
     """What a forward is given, so that it can be given again: some take items out of a list, or write to a tensor."""
 
     def __init__(self, args: tuple, kwargs: dict) -> None:
-        self._given = (args, kwargs)
         self._copy = _containers((args, kwargs))
         self._versions = [tensor._version for tensor in _tensors(self._copy)]
 

@@ -45,7 +45,7 @@ class Report:
         predictions: per component that a budget has measured, what a forward is predicted to take.
         host_bytes: bytes of host memory that hold weights; `pinned_bytes` of them are pinned.
         peak_bytes: most bytes of tensors on the device at once, as torch measures it (since its statistics
-            were reset, or since enabling with `max_device_memory`, which resets them); 0 on the CPU.
+            were reset, or since a budget measured a forward, which resets them); 0 on the CPU.
         arena_bytes: bytes of the arena; `resident_bytes` those of weights that stay on the device.
     """
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import planner, refusals
+from . import refusals
+from .fitting import check
 from .handle import OffloadHandle, held_policy
 from .held import Held, find_held
 from .log import logger
@@ -62,8 +63,8 @@ def check_exchange(
     if (leaving or coming) and any(engine.busy for engine in handle.engines):
         raise RuntimeError(f"components cannot be exchanged in the middle of a forward: {', '.join(modules)}")
     targets = plan_targets(coming, request or handle.request, handle.device, leaving)
-    if coming and handle.max_device_memory is not None:
-        planner.check_budget(handle.plan_with(targets, leaving), handle.max_device_memory, handle.bound_given)
+    if coming:
+        check(handle.plan_with(targets, leaving), handle.limits)
 
 
 def follow(handle: OffloadHandle, modules: Mapping[str, nn.Module], request: Request | None = None) -> bool:

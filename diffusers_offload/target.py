@@ -134,24 +134,17 @@ def build_component(
         groups = chunks(own(tensors), STEM_CHUNK)
         return [unit(role, f"stem.{i}", group) for i, group in enumerate(groups)]
 
-    if target.policy.granularity == "resident":
-        component.residents = pieces("resident", everything)
-    elif target.policy.granularity == "model":
-        if target.stays:
-            component.residents = pieces("resident", everything)
-        else:
-            component.stem = pieces("stem", everything)
+    whole = target.anatomy.stem if target.policy.streams else everything
+    if target.stays or target.policy.granularity == "resident":
+        component.residents = pieces("resident", whole)
     else:
-        if target.stays:
-            component.residents = pieces("resident", target.anatomy.stem)
-        else:
-            component.stem = pieces("stem", target.anatomy.stem)
-        for index, part in enumerate(target.anatomy.parts):
-            tensors = own(part.tensors)
-            stays = index in target.residents
-            if tensors:
-                units = component.residents if stays else component.streamed
-                units.append(unit("resident" if stays else "streamed", part.name, tensors, part))
+        component.stem = pieces("stem", whole)
+    for index, part in enumerate(target.anatomy.parts if target.policy.streams else ()):
+        tensors = own(part.tensors)
+        stays = index in target.residents
+        if tensors:
+            units = component.residents if stays else component.streamed
+            units.append(unit("resident" if stays else "streamed", part.name, tensors, part))
     return component
 
 

@@ -12,10 +12,10 @@ from diffusers_offload.routing import plan_targets
 GPU = torch.device("cuda", 0)  # the decision needs none
 
 
-def decide(pipe, limit, components=None, ratio=None, granularity="block"):
+def decide(pipe, limit, components=None, ratio=None, granularity="block", others=0):
     modules = pipe._offloadable_modules()
     request = parse_request(granularity, ratio, components, tuple(modules))
-    limits = Limits(limit, given=False, host=None)
+    limits = Limits(limit, given=False, others=others)
     return fit(lambda each: plan_targets(modules, each, GPU), request, limits, GPU)[1]
 
 
@@ -24,6 +24,15 @@ def test_everything_stays_if_it_fits_beside_what_computing_needs():
     weights = sum(target.nbytes for target in decide(pipe, 2**40))
     assert all(target.stays for target in decide(pipe, int(weights * 1.3)))
     assert not any(target.stays for target in decide(pipe, int(weights * 1.1)))
+
+
+def test_what_others_hold_is_not_there():
+    pipe = build("flux")
+    weights = sum(target.nbytes for target in decide(pipe, 2**40))
+    assert all(target.stays for target in decide(pipe, 2 * weights))
+    assert not any(target.stays for target in decide(pipe, 2 * weights, others=weights))
+    with pytest.raises(ValueError, match=r"too little.*are taken by others"):
+        decide(pipe, 2 * weights, others=2 * weights)
 
 
 def test_what_was_asked_for_is_done_all_the_same():
@@ -66,7 +75,9 @@ def test_a_card_that_fills_up_later(device):
     pipe.to("cpu")
     if device == "cpu":  # the decision is an accelerator's
         targets = [target.resident() for target in route(pipe, torch.device("cpu"))]
-        handle = OffloadHandle(targets, torch.device("cpu"), Request(OffloadPolicy(), {}, True), 2**40)
+        handle = OffloadHandle(
+            targets, torch.device("cpu"), Request(OffloadPolicy(), {}, True), Limits(2**40)
+        )
     else:
         pipe.enable_block_offload(device=device)
         handle = pipe.block_offload

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from diffusers_offload.planner import choose_kept, choose_residents
 from diffusers_offload.policy import parse_bytes
+from diffusers_offload.streams import InlineStreams
 
 sizes = st.lists(st.integers(1, 1000), max_size=40)
 
@@ -197,3 +198,60 @@ def test_weights_on_the_device_never_exceed_the_budget(name, monkeypatch):
     for _ in range(3):
         assert torch.equal(run(pipe, name), expected)
     assert 0 < most <= limit
+
+
+class Counting(InlineStreams):
+    """Streams that count: what is on the device is the engine's weights and the activations of who runs."""
+
+    def __init__(self, engine):
+        super().__init__(engine.device)
+        self._engine, self.activations, self.highest = engine, 0, 0
+
+    def allocated(self):
+        return self._engine.weights_on_device() + self.activations
+
+    def look(self):
+        self.highest = max(self.highest, self.allocated())
+
+    def begin_peak(self):
+        self.highest = self.allocated()
+
+    def peak(self):
+        return self.highest
+
+    reserved, peak_reserved = allocated, peak
+
+
+def test_two_components_that_alternate_stay_within_the_bound():
+    pipe = build("flux-controlnet")
+    names = ("controlnet", "transformer")
+    expected = run(pipe, "flux-controlnet", num_inference_steps=6)
+    weights = sum(p.numel() * p.element_size() for name in names for p in getattr(pipe, name).parameters())
+    limit = int(weights * 1.1)
+    pipe.enable_block_offload(device="cpu", max_device_memory=limit)
+    engine = pipe.block_offload._engine
+    counting = engine.budget._streams = Counting(engine)
+    load, peaks = engine._transfers.load, []
+
+    def loads(*arguments):
+        load(*arguments)
+        counting.look()
+        peaks.append(counting.allocated())
+
+    engine._transfers.load = loads
+    for name, share in zip(names, (0.02, 0.4), strict=True):
+        blocks = getattr(pipe, name).transformer_blocks
+
+        def computes(*_, share=share):
+            counting.activations = int(share * limit)
+            counting.look()
+            peaks.append(counting.allocated())
+
+        def done(*_):
+            counting.activations = 0
+
+        blocks[0].register_forward_pre_hook(computes)
+        getattr(pipe, name).register_forward_hook(done)
+    for _ in range(3):
+        assert torch.equal(run(pipe, "flux-controlnet", num_inference_steps=6), expected)
+    assert max(peaks) <= limit

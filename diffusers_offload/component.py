@@ -109,7 +109,7 @@ class Component:
         self.strays: list[Stray] = []  # found in the latest forward
         self.ran: set[Unit] = set()  # units whose own forward has run, while that is watched
         self.met: set[Unit] = set()  # units that have run in a forward that was watched and found nothing
-        self.late: Unit | None = None  # in use past its forward: released when the next one begins
+        self.late: set[Unit] = set()  # in use past their forwards: released when another one is used
 
     @property
     def units(self) -> list[Unit]:

@@ -170,12 +170,13 @@ class Held:
         return made
 
     def stream_residents(self) -> bool:
-        """Units that stay on the device stream from now on; returns whether there were any."""
-        if not self.component.residents or self.component.depth:
+        """What stays on the device streams from now on, as far as it can; returns whether that changed anything."""
+        before = self.component.resident_bytes
+        if not before or self.component.depth:
             return False
         self.target = self.target.streaming()
         self.renew()
-        return not self.component.residents
+        return self.component.resident_bytes < before
 
     def renew(self) -> None:
         """Take the component apart anew, with the tensors that it holds now and what was seen of their use."""

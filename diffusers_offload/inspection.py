@@ -268,8 +268,10 @@ def _phases(target: Target) -> list[Phases]:
 def _reasons(target: Target) -> list[Reason]:
     tensors = (*target.module.named_parameters(), *target.module.named_buffers())
     names = {id(tensor): name for name, tensor in reversed(tensors)}
+    why = dict(zip(map(id, target.anatomy.stem), target.anatomy.reasons, strict=True))
     by_reason: dict[str, list[UnitSize]] = {}
-    for tensor, reason in zip(target.anatomy.stem, target.anatomy.reasons, strict=True):
+    for tensor in target.outside_parts()[1]:
+        reason = why[id(tensor)]
         size = UnitSize(names[id(tensor)], tensor.numel() * tensor.element_size())
         by_reason.setdefault(reason, []).append(size)
     reasons = []

@@ -6,7 +6,7 @@ before the next forward, with what was found (`Component.strays`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -38,9 +38,8 @@ class Learning:
     def meet(self, unit: Unit, opening: bool) -> None:
         """A use of `unit` begins; `opening`: not by its own forward."""
         component = unit.component
-        if component.late is not None and component.late is not unit:
-            late, component.late = component.late, None
-            self._finish(late)
+        if component.late and unit not in component.late:
+            self._let_late_go(component)
         if component.watch is None and component.depth and unit not in component.met:
             component.known = False  # nobody has seen yet what it does
             self._watch(component)
@@ -69,7 +68,7 @@ class Learning:
                 component.met |= component.ran
         component.known = component.known and completed  # it may have failed for want of a weight: look again
         for each in (component, *(each for each in component.needs if not each.depth)):
-            each.late = None
+            each.late.clear()
             for unit in each.streamed if watch is not None or not completed else ():
                 unit.depth, unit.clings = 0, False
                 self._finish(unit)
@@ -81,13 +80,24 @@ class Learning:
             component.watch.__enter__()
             self._watches.append(component.watch)
 
-    def _use_past(self, unit: Unit, tensor: torch.Tensor) -> None:
-        """`tensor` is about to be used although no forward of its unit is under way."""
-        parts = [part for module in unit.modules for part in module.modules() if part is not module]
-        holders = [part for part in parts if any(t is tensor for t in own_tensors(part))]
-        unit.component.strays.append(Stray(unit, tensor, within=runs_within(holders)))
-        self._use(unit)
-        unit.component.late = unit
+    def _use_past(self, used: list[tuple[Unit, torch.Tensor]]) -> None:
+        """Tensors are about to be used, by one call, although no forwards of their units are under way."""
+        coming = {unit for unit, _ in used}
+        for component in {unit.component for unit in coming}:
+            self._let_late_go(component, coming)
+        for unit in coming:
+            unit.component.late.add(unit)
+        for unit, tensor in used:
+            parts = [part for module in unit.modules for part in module.modules() if part is not module]
+            holders = [part for part in parts if any(t is tensor for t in own_tensors(part))]
+            unit.component.strays.append(Stray(unit, tensor, within=runs_within(holders)))
+            self._use(unit)
+
+    def _let_late_go(self, component: Component, but: Collection[Unit] = ()) -> None:
+        going = component.late.difference(but)
+        component.late -= going
+        for unit in going:
+            self._finish(unit)
 
     def _cling(self, unit: Unit) -> None:
         """Something that outlives the unit's use looks at its bytes: they stay until the component's forward ends."""

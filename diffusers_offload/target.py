@@ -12,7 +12,7 @@ from . import planner, slab
 from .component import Component, Unit
 from .planner import ComponentPlan, Plan, UnitSize
 from .policy import STREAMING, OffloadPolicy
-from .units import Anatomy, Findings, Part, chunks, dissect, silent_writers, tensors_of
+from .units import Anatomy, Findings, Part, at_hand, chunks, dissect, silent_writers, tensors_of
 from .weights import Weights
 
 STEM_CHUNK = 256 * 2**20  # bytes moved at once, so that moving a large stem never doubles it
@@ -47,9 +47,20 @@ class Target:
         """Bytes of all its weights."""
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(self.module))
 
+    @property
+    def resident_entirely(self) -> bool:
+        """Whether nothing of it moves, by its policy or because everything fits."""
+        return self.stays or self.policy.granularity == "resident"
+
+    def outside_parts(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What no part moves: the tensors that stay on the device, and those that come and go as the stem."""
+        tensors = self.anatomy.stem if self.policy.streams else tensors_of(self.module)
+        staying = {id(tensor) for tensor in (tensors if self.resident_entirely else at_hand(self.module))}
+        return [t for t in tensors if id(t) in staying], [t for t in tensors if id(t) not in staying]
+
     def resident(self) -> Target:
         """The same component with everything on the device, in units that may leave it if memory is short."""
-        everything = frozenset(range(len(self.anatomy.parts)))
+        everything = frozenset(range(len(self.anatomy.parts) if self.policy.streams else 0))
         return replace(self, residents=everything, stays=True, note="everything fits, so nothing streams")
 
     def finer(self) -> Target | None:
@@ -134,11 +145,9 @@ def build_component(
         groups = chunks(own(tensors), STEM_CHUNK)
         return [unit(role, f"stem.{i}", group) for i, group in enumerate(groups)]
 
-    whole = target.anatomy.stem if target.policy.streams else everything
-    if target.stays or target.policy.granularity == "resident":
-        component.residents = pieces("resident", whole)
-    else:
-        component.stem = pieces("stem", whole)
+    staying, moving = target.outside_parts()
+    component.residents = pieces("resident", staying)
+    component.stem = pieces("stem", moving)
     for index, part in enumerate(target.anatomy.parts if target.policy.streams else ()):
         tensors = own(part.tensors)
         stays = index in target.residents
@@ -161,26 +170,24 @@ def _by_contents(component: Component) -> dict[tuple, Unit]:
 
 def make_plan(targets: Sequence[Target], device: torch.device) -> Plan:
     """What `targets` come to: sizes in bytes, one arena for all."""
-    plans = []
-    for target in targets:
-        sizes = [UnitSize(b.name, slab.lay_out(b.tensors).nbytes) for b in target.anatomy.parts]
-        stem = sum(slab.lay_out(group).nbytes for group in chunks(target.anatomy.stem, STEM_CHUNK))
-        stays = target.stays or target.policy.granularity == "resident"
-        residents = [sizes[i] for i in sorted(target.residents)]
-        if stays:
-            residents = [UnitSize("stem", stem), *sizes]
-        elif target.policy.granularity == "model":
-            stem += sum(size.nbytes for size in sizes)
-        plans.append(
-            ComponentPlan(
-                name=target.name,
-                policy=target.policy,
-                streamed=tuple(size for i, size in enumerate(sizes) if i not in target.residents)
-                if target.policy.streams
-                else (),
-                residents=tuple(residents),
-                stem_bytes=0 if stays else stem,
-                note=target.note,
-            )
-        )
-    return Plan(str(device), tuple(plans))
+    return Plan(str(device), tuple(map(_component_plan, targets)))
+
+
+def _component_plan(target: Target) -> ComponentPlan:
+    parts = target.anatomy.parts if target.policy.streams else ()
+    sizes = [UnitSize(part.name, slab.lay_out(part.tensors).nbytes) for part in parts]
+    staying, moving = target.outside_parts()
+    name = "stem" if target.policy.streams else "all weights"
+    aside = [UnitSize(name, _bytes_in_chunks(staying))] if staying else []
+    return ComponentPlan(
+        name=target.name,
+        policy=target.policy,
+        streamed=tuple(size for i, size in enumerate(sizes) if i not in target.residents),
+        residents=(*aside, *(sizes[i] for i in sorted(target.residents))),
+        stem_bytes=_bytes_in_chunks(moving),
+        note=target.note,
+    )
+
+
+def _bytes_in_chunks(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(slab.lay_out(group).nbytes for group in chunks(tensors, STEM_CHUNK))

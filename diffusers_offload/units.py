@@ -27,6 +27,7 @@ _STAGE_COVERAGE = 0.5  # of the element's bytes that must lie in block lists of 
 _COPY = 4 * 2**20  # bytes from which on a copy runs at the bus's rate: smaller neighbours travel together
 _COPY_SHARE = 1 / 8  # of the largest part: a small model's neighbours stay apart
 _TINY_SHARE = 1 / 1024  # of the largest part: below, what leaves the device is not worth the copy
+_AT_HAND = 2**16  # bytes up to which a tensor that is read between forwards may stay
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,27 @@ def own_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     """The parameters and buffers that `module` itself holds, not its children's."""
     for held in (module._parameters, module._buffers):
         yield from (tensor for tensor in held.values() if tensor is not None)
+
+
+def at_hand(module: nn.Module) -> list[torch.Tensor]:
+    """Small tensors that are read between the module's forwards, and so had better stay on the device.
+
+    Buffers (an autoencoder's statistics of its latents), and what the module itself holds (a prior's mean).
+    Read on the host, they would be computed with there, by other kernels than the device has.
+    """
+    own = {id(tensor) for tensor in own_tensors(module)}
+    buffers = {id(buffer) for buffer in module.buffers()}
+    by_storage: dict[int, list[torch.Tensor]] = {}
+    for tensor in tensors_of(module):
+        by_storage.setdefault(slab.storage_of(tensor), []).append(tensor)
+    return [
+        tensor
+        for group in by_storage.values()
+        if all(id(tensor) in own or id(tensor) in buffers for tensor in group)
+        and all(tensor.is_floating_point() for tensor in group)
+        and group[0].untyped_storage().nbytes() <= _AT_HAND
+        for tensor in group
+    ]
 
 
 def silent_writers(module: nn.Module) -> dict[int, nn.Module]:

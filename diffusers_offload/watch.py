@@ -74,12 +74,12 @@ _METADATA = frozenset(
 
 
 class Watch(TorchFunctionMode):
-    """Calls `found` with each watched tensor that a torch call uses, before it is used.
+    """Calls `found` with the watched tensors that a torch call uses, all at once, before they are used.
 
     Args:
         watched: whether a tensor is one to look at.
-        found: makes the tensor usable.
-        seen_by: called with a tensor that `found` was called with, if the call's result looks at its bytes.
+        found: makes the tensors usable.
+        seen_by: called with each tensor that `found` was called with, if the call's result looks at its bytes.
         roots: modules within which torch's attention layers are left alone (see `left_alone`).
         looked_at: whether a tensor is one whose views are remembered (see `views_left`).
     """
@@ -87,7 +87,7 @@ class Watch(TorchFunctionMode):
     def __init__(
         self,
         watched: Callable[[torch.Tensor], bool],
-        found: Callable[[torch.Tensor], None],
+        found: Callable[[list[torch.Tensor]], None],
         seen_by: Callable[[torch.Tensor], None] = lambda tensor: None,
         roots: Iterable[nn.Module] = (),
         looked_at: Callable[[torch.Tensor], bool] = lambda tensor: False,
@@ -117,8 +117,8 @@ class Watch(TorchFunctionMode):
         if _name(func) in _METADATA:
             return func(*args, **kwargs)
         strays = [tensor for tensor in _tensors((*args, *kwargs.values())) if self._watched(tensor)]
-        for tensor in strays:
-            self._found(tensor)
+        if strays:
+            self._found(strays)
         result = func(*args, **kwargs)
         self._remember_views((*args, *kwargs.values()), result)
         for tensor in strays:
@@ -146,7 +146,7 @@ class Watch(TorchFunctionMode):
 
 def watch_units(
     units: Iterable[Unit],
-    use: Callable[[Unit, torch.Tensor], None],
+    use: Callable[[list[tuple[Unit, torch.Tensor]]], None],
     cling: Callable[[Unit], None] = lambda unit: None,
 ) -> Watch:
     """A watch over the tensors of `units`: calls `use` with those that are used while their unit is not.
@@ -166,14 +166,18 @@ def watch_units(
             return True
         # On the device, but its own forward is not under way: only what its block holds itself may be used.
         opened = unit.opener is not None and id(tensor) not in unit.opened
-        return unit.depth <= 0 and (opened or unit.clings or unit.component.late is unit)
+        return unit.depth <= 0 and (opened or unit.clings or unit in unit.component.late)
 
     def in_use(tensor: torch.Tensor) -> bool:
         unit = unit_of.get(id(tensor))
         return unit is not None and unit.state is State.IN_USE
 
     return Watch(
-        watched, lambda t: use(unit_of[id(t)], t), lambda t: cling(unit_of[id(t)]), roots.values(), in_use
+        watched,
+        found=lambda tensors: use([(unit_of[id(tensor)], tensor) for tensor in tensors]),
+        seen_by=lambda tensor: cling(unit_of[id(tensor)]),
+        roots=roots.values(),
+        looked_at=in_use,
     )
 
 

@@ -109,7 +109,7 @@ def no_weight_used_while_offloaded(handle: OffloadHandle) -> Iterator[None]:
     }
     units = [unit for component in components for unit in component.units]
     used: set[str] = set()
-    with watch_units(units, lambda unit, tensor: used.add(names.get(id(tensor), "?"))):
+    with watch_units(units, lambda found: used.update(names.get(id(tensor), "?") for _, tensor in found)):
         yield
     assert not used, f"used while offloaded: {sorted(used)}"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_offload.units import Findings, dissect, tensors_of
+from diffusers_offload.units import Findings, at_hand, dissect, tensors_of
 
 
 class Attention(nn.Module):
@@ -133,3 +133,20 @@ def test_torchs_own_attention_is_a_leaf():
 def test_blocks_that_are_none_of_the_models_are_refused():
     with pytest.raises(ValueError, match="do not belong"):
         dissect(Net(), blocks=[Block(8)])
+
+
+def test_what_is_read_between_forwards_is_at_hand():
+    net = Net()
+    net.register_buffer("latents_mean", torch.randn(4))
+    net.scale = nn.Parameter(torch.randn(4))
+    net.statistics = nn.BatchNorm2d(4)
+    net.register_buffer("large", torch.randn(2**17))
+    found = {id(tensor) for tensor in at_hand(net)}
+    names = {name for name, t in (*net.named_parameters(), *net.named_buffers()) if id(t) in found}
+    assert names == {"latents_mean", "scale", "statistics.running_mean", "statistics.running_var"}
+
+
+def test_what_is_cut_from_a_blocks_weight_goes_with_the_block():
+    net = Net()
+    net.register_buffer("view", net.blocks[0].table[0].detach())
+    assert not any(tensor is net.view for tensor in at_hand(net))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import diffusers_offload
+from diffusers_offload.component import State
 
 
 class Block(nn.Module):
@@ -144,7 +145,7 @@ class Moody(Net):
 def test_after_a_failure_the_next_forward_is_watched_again(device):
     net = Moody().requires_grad_(False)
     x = torch.randn(2, 8, device=device)
-    handle = diffusers_offload.enable_block_offload(net, device=device)
+    handle = diffusers_offload.enable_block_offload(net, device=device, offload_ratio=1.0)
     component = handle._engine.components[0]
     net(x)
     assert component.known
@@ -166,7 +167,7 @@ def test_a_block_that_runs_for_the_first_time_is_watched(device):
     late.others = (net.blocks[0],)  # a tuple: not a child
     net.blocks[3] = late
     x = torch.randn(2, 8, device=device)
-    handle = diffusers_offload.enable_block_offload(net, device=device)
+    handle = diffusers_offload.enable_block_offload(net, device=device, offload_ratio=1.0)
     net(x, count=3)
     assert handle._engine.components[0].known
     found = net(x)
@@ -174,3 +175,38 @@ def test_a_block_that_runs_for_the_first_time_is_watched(device):
     assert torch.equal(net(x), found)
     assert [t is net.blocks[0].a.weight for u in handle._engine.components[0].stem for t in u.weights.tensors]
     assert torch.overrides._get_current_function_mode() is None
+
+
+class Elsewhere(torch.overrides.TorchFunctionMode):
+    """Below a watch: fails for a call that is given a weight which is not where its units are when in use."""
+
+    def __init__(self, units):
+        super().__init__()
+        self._unit_of = {id(tensor): unit for unit in units for tensor in unit.weights.tensors}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.cat:
+            for tensor in args[0]:
+                assert self._unit_of[id(tensor)].state is State.IN_USE
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_of_several_units_used_by_one_call(device):
+    class Pooled(Net):
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x[0, 0] * torch.cat([self.blocks[i].a.bias for i in (2, 0, 3)])
+
+    torch.manual_seed(0)
+    net = Pooled().to(device).requires_grad_(False)
+    x = torch.randn(2, 8, device=device)
+    expected = net(x)
+    handle = diffusers_offload.enable_block_offload(net.to("cpu"), device=device, offload_ratio=1.0)
+    with Elsewhere(handle._engine.components[0].units):
+        assert torch.equal(net(x), expected)
+    assert {(stray.unit.name, stray.within) for stray in handle._engine.components[0].strays} == {
+        (f"blocks.{i}", False) for i in (0, 2, 3)
+    }
+    for _ in range(2):
+        assert torch.equal(net(x), expected)

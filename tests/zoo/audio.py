@@ -301,5 +301,5 @@ LTX2_CALL = {
 SOUND = {
     "stable-audio": Entry(stable_audio, {**PROMPT, "num_inference_steps": 2, "audio_end_in_s": 6.0}),
     "audioldm2": Entry(audioldm2, {**PROMPT, **STEPS, "audio_length_in_s": 0.016}),
-    "ltx2": Entry(ltx2, LTX2_CALL, reads=("audio_vae.latents_mean", "audio_vae.latents_std")),
+    "ltx2": Entry(ltx2, LTX2_CALL),
 }

@@ -229,6 +229,5 @@ CONTROL = {
             "text_encoder_out_layers": (1, 2, 3),
             "guidance_scale": 4.0,
         },
-        reads=("vae.bn.running_mean", "vae.bn.running_var"),
     ),
 }

@@ -2,8 +2,9 @@
 
 What a component's activations take is not known before it has run with inputs of these shapes, so its first
 forward runs with nothing kept; the second is timed, and then the choice is made that is predicted to be the
-fastest (`selection`). A component that runs once a call (a text encoder) gains nothing from keeping and is
-left alone.
+fastest (`selection`). A forward with that choice in place is timed as well: a device that waits less may
+compute more slowly. A component that runs once a call (a text encoder) gains nothing from keeping and is left
+alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _RESERVE = 0.025  # of the bound: the allocator rounds up, and fragments
 _TIGHTEN = 0.8  # of the bound, once the device has run out of memory below it
+_BETTER = 0.01  # of a step: what another choice must gain
 _EXTRA_SLOTS = 2  # units that the arena may hold besides two, where that is worth more than keeping them
 
 
@@ -50,6 +52,14 @@ class _Known:
     choice: Choice = field(default_factory=Choice)
     room: int = -1  # that the choice was made for
     forecast: Forecast | None = None
+    settled: bool = False  # a forward with the choice in place was timed
+
+    def wants_timing(self, component: Component) -> bool:
+        """Whether to time a forward of `component` that begins now."""
+        if self.work is None:
+            return True
+        in_place = component.kept_bytes == sum(unit.nbytes for unit in self.choice.kept)
+        return not self.settled and self.forecast is not None and in_place
 
 
 class DeviceBudget:
@@ -90,8 +100,8 @@ class DeviceBudget:
             self._others_reserved = max(0, streams.reserved() - weights)
         self._others = max(0, streams.allocated() - weights)
         streams.begin_peak()
-        timed = known is not None and known.work is None and streams.asynchronous and component.streamed
-        self.stopwatch = Stopwatch(streams) if timed else None
+        timed = streams.asynchronous and known is not None and bool(component.streamed)
+        self.stopwatch = Stopwatch(streams) if timed and known.wants_timing(component) else None
         return self._choose(component)
 
     def end(self, component: Component, weights: int, slack: int) -> Choice:
@@ -118,7 +128,9 @@ class DeviceBudget:
             watch.stop()
             read = watch.read(component.streamed)
             if read is not None:
-                known.work, known.rate = read
+                known.settled = known.work is not None
+                known.work, rate = read
+                known.rate = known.rate or rate  # the first: copies followed one another
                 known.room = -1
         return self._choose(component)
 
@@ -171,29 +183,39 @@ class DeviceBudget:
         room = max(0, int(self.limit * (1 - _RESERVE)) - known.need - self._others)
         if not known.room * 0.98 <= room <= known.room * 1.02:  # what others have there may vary a little
             known.room = room
-            known.choice, known.forecast = _best(component, room, known.work, known.rate)
+            known.choice, known.forecast = _best(component, room, known)
         return known.choice
 
 
-def _best(
-    component: Component, room: int, work: Work | None, rate: float | None
-) -> tuple[Choice, Forecast | None]:
-    """The fastest use of `room` bytes: units to keep, or a larger arena."""
-    units = component.streamed
+def _best(component: Component, room: int, known: _Known) -> tuple[Choice, Forecast | None]:
+    """The fastest use of `room` bytes: units to keep, or a larger arena; the choice before, if it is as good."""
+    units, work, rate = component.streamed, known.work, known.rate
     sizes = [unit.nbytes for unit in units]
     if work is None or rate is None:
         return Choice(frozenset(units[i] for i in choose_kept(sizes, room))), None
+    before = known.choice
+    best: tuple[Choice, Forecast] | None = None
+    if known.settled and sum(unit.nbytes for unit in before.kept) + before.slack <= room:
+        best = before, _forecast(component, before, work, rate)
     floats = bool(units) and units[0].floats
     lookahead = LOOKAHEAD if floats else None
     base = capacity_for([unit.nbytes for unit in component.homed])
-    best: tuple[Choice, Forecast] | None = None
     for slots in range(1 if floats else _EXTRA_SLOTS + 1):
         slack = slots * max(sizes)
         if slack > room:
             break
         stay = choose_stay(work, room - slack, base + slack, rate, lookahead=lookahead)
-        homes = [] if floats else place(work, stay, base + slack)
-        forecast = simulate(work, stay, homes, rate, lookahead=lookahead)
-        if best is None or forecast.step < best[1].step * 0.99:  # a smaller arena, unless it costs
-            best = Choice(frozenset(units[i] for i in stay), slack), forecast
+        choice = Choice(frozenset(units[i] for i in stay), slack)
+        forecast = _forecast(component, choice, work, rate)
+        if best is None or forecast.step < best[1].step * (1 - _BETTER):  # a smaller arena, unless it costs
+            best = choice, forecast
     return best
+
+
+def _forecast(component: Component, choice: Choice, work: Work, rate: float) -> Forecast:
+    units = component.streamed
+    stay = [i for i, unit in enumerate(units) if unit in choice.kept]
+    if units and units[0].floats:
+        return simulate(work, stay, [], rate, lookahead=LOOKAHEAD)
+    capacity = capacity_for([unit.nbytes for unit in component.homed]) + choice.slack
+    return simulate(work, stay, place(work, stay, capacity), rate)

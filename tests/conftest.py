@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -14,7 +15,27 @@ import torch
 import diffusers_offload  # noqa: F401
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--simulated",
+        action="store_true",
+        help="run the tests that need an accelerator on a simulated NPU, and look for races",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--simulated"):
+        from simulated.device import install
+
+        install()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--simulated"):
+        wanted = [item for item in items if "[cuda" in item.name or "simulated" in item.path.parts]
+        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+        items[:] = wanted
+        return
     if torch.cuda.is_available():
         return
     for item in items:
@@ -32,5 +53,15 @@ def deterministic():
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> str:
-    return request.param
+def device(request) -> Iterator[str]:
+    if not request.config.getoption("--simulated"):
+        yield request.param
+        return
+    from simulated.device import THE
+
+    with THE.checked() as checker:
+        yield "npu"
+    races = checker.races
+    if request.node.get_closest_marker("edits_while_loading"):  # what was loaded is dropped, and loaded again
+        races = [race for race in races if not race.startswith("write by the host")]
+    assert not races, "\n".join(races[:5])

@@ -36,6 +36,7 @@ def test_weights_edited_while_offloaded_count_from_the_next_forward_on(index, ho
     assert torch.equal(run(pipe.to(device), "flux"), expected)
 
 
+@pytest.mark.edits_while_loading
 def test_weights_edited_between_two_steps_count_in_the_second(device):
     def edit(pipe, step, timestep, values):
         if step == 0:

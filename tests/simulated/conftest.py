@@ -1,0 +1,5 @@
+"""The simulated device is there before any test."""
+
+from .device import install
+
+install()

@@ -1,0 +1,164 @@
+"""Every wait that the engine performs is needed: each is left out in turn, and the checker complains.
+
+`pytest tests/simulated/test_waits.py -s` prints the list.
+"""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import odd_nets
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from helpers import build, run
+
+import diffusers_offload
+from diffusers_offload.tiers import pinned
+
+from .device import THE
+
+DEVICE = "npu"
+
+
+def small(kind=odd_nets.Plain, count=5):
+    torch.manual_seed(0)
+    return odd_nets.Net(*(kind() for _ in range(count))).eval().requires_grad_(False)
+
+
+def streamed(kind=odd_nets.Plain, **arguments):
+    net = small(kind)
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, **{"offload_ratio": 1.0, **arguments})
+    x = torch.randn(2, 3, odd_nets.WIDTH)
+    for _ in range(3):
+        net(x.to(DEVICE) * 2).sum().cpu()
+    return net, handle
+
+
+def blocks():
+    streamed()[1].disable()
+
+
+def leaves():
+    streamed(offload_granularity="leaf")[1].disable()
+
+
+def writes_to_buffers():
+    streamed(odd_nets.Counts)[1].disable()
+
+
+def partly_on_the_device_already():
+    net = small()
+    for block in net.blocks:
+        block.c.to(DEVICE)
+        block.c.weight.mul_(2)
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=0.0)
+    others = [torch.empty(2 * odd_nets.WIDTH**2, device=DEVICE) for _ in net.blocks]  # where the weights were
+    handle.disable()
+    del others
+
+
+def edited_between_forwards():
+    net, handle = streamed()
+    net.blocks[2].a.weight.data = torch.randn_like(net.blocks[2].a.weight)
+    net.embed.weight.data = torch.randn_like(net.embed.weight)
+    net(torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE))
+    with handle.suspended():
+        net.blocks[0].a.weight.add_(1)
+    handle.disable()
+
+
+def exchanged():
+    pipe = build("wan")
+    pipe.enable_block_offload(device=DEVICE, offload_ratio=1.0)
+    run(pipe, "wan", num_inference_steps=1)
+    pipe.transformer = build("wan").transformer
+    run(pipe, "wan", num_inference_steps=1)
+    pipe.disable_block_offload()
+
+
+def unpinned(monkeypatch):
+    monkeypatch.setattr(pinned, "STAGING_BYTES", 1024)
+    monkeypatch.setattr(THE, "refuses_to_pin", lambda nbytes: nbytes != 1024)
+    streamed()[1].disable()
+
+
+class Pair(DiffusionPipeline):
+    def __init__(self, first, second):
+        super().__init__()
+        self.register_modules(first=first, second=second)
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+def two_stems():
+    """The second component's stem comes to where the first one's was."""
+    pipe = Pair(small(), small())
+    pipe.enable_block_offload(device=DEVICE, offload_ratio=1.0)
+    for _ in range(2):
+        pipe(torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE)).sum().cpu()
+    pipe.disable_block_offload()
+
+
+WORK = [
+    blocks,
+    leaves,
+    writes_to_buffers,
+    partly_on_the_device_already,
+    edited_between_forwards,
+    unpinned,
+    two_stems,
+    exchanged,
+]
+
+
+def races_of(work, monkeypatch):
+    with THE.checked() as checker:
+        work(monkeypatch) if work is unpinned else work()
+    return checker.races
+
+
+@contextmanager
+def dropping(monkeypatch, decide):
+    with monkeypatch.context() as patch:
+        patch.setattr(THE, "drops", decide)
+        yield patch
+
+
+def waits_of(work, monkeypatch):
+    """The waits that some work performs: (what, line of the package), and how often."""
+    found = Counter()
+
+    def note(what, line):
+        found[what, line] += 1
+        return False
+
+    with dropping(monkeypatch, note) as patch:
+        races_of(work, patch)
+    return {site: count for site, count in found.items() if site[1] != "outside the package"}
+
+
+@pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
+def test_nothing_races(work, monkeypatch):
+    assert not races_of(work, monkeypatch)
+
+
+def test_no_wait_can_be_left_out_unnoticed(monkeypatch):
+    performed = {work: waits_of(work, monkeypatch) for work in WORK}
+    sites = sorted({site for sites in performed.values() for site in sites})
+    unnoticed = []
+    for site in sites:
+        for work in (work for work in WORK if site in performed[work]):
+            with dropping(monkeypatch, lambda what, line: (what, line) == site) as patch:  # noqa: B023
+                try:
+                    caught = races_of(work, patch)
+                except Exception as error:  # wrong numbers may break what computes with them
+                    caught = [repr(error)]
+            if caught:
+                print(f"{site[0]:12} {site[1]:18} {work.__name__}: {caught[0]}")
+                break
+        else:
+            unnoticed.append(site)
+    print(f"{len(sites)} waits, {len(sites) - len(unnoticed)} caught when left out")
+    assert len(sites) >= 12
+    assert not unnoticed

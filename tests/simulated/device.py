@@ -23,7 +23,7 @@ from .memory import Block, Memory, make_block
 from .schedule import Queue, Schedule
 
 BUS = 50e9  # bytes a second between host and device, in simulated time
-MEMORY = 1e12  # bytes a second that kernels read and write
+MEMORY = 1e11  # bytes a second that kernels read and write: slow, so that computing takes about as long
 LAUNCH = 5e-6  # seconds of every kernel and copy
 TOTAL = 8 * 2**30  # bytes of the device
 

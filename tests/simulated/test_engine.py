@@ -1,0 +1,127 @@
+"""The engine on the simulated device: late work in any order, steady memory, forecasts that hold."""
+
+import gc
+
+import odd_nets
+import pytest
+import torch
+from helpers import build, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import diffusers_offload
+
+from .device import THE
+
+DEVICE = "npu"
+GRANULARITIES = ("block", "phase", "leaf")
+
+
+def net_of(kind):
+    torch.manual_seed(0)
+    return odd_nets.Net(*(kind() for _ in range(5))).eval().requires_grad_(False)
+
+
+def steps_of(net, count=3):
+    x = torch.randn(2, 3, odd_nets.WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return [net(x * step).cpu() for step in range(1, count + 1)]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32),
+    granularity=st.sampled_from(GRANULARITIES),
+    ratio=st.sampled_from([1.0, 0.5]),
+    kind=st.sampled_from([odd_nets.Plain, odd_nets.Counts]),
+)
+def test_work_may_be_late_in_any_order(seed, granularity, ratio, kind):
+    resident = net_of(kind).to(DEVICE)
+    expected = steps_of(resident)
+    net = net_of(kind)
+    with THE.delayed(seed):
+        handle = diffusers_offload.enable_block_offload(
+            net, device=DEVICE, offload_granularity=granularity, offload_ratio=ratio
+        )
+        found = steps_of(net)
+        handle.disable()
+    assert THE.schedule.postponed
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for a, b in zip(net.state_dict().values(), resident.state_dict().values(), strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["flux", "wan22"])
+def test_a_pipeline_whose_work_is_late(name, seed):
+    pipe = build(name)
+    expected = run(pipe.to(DEVICE), name)
+    pipe.to("cpu").enable_block_offload(
+        device=DEVICE, offload_ratio=1.0, offload_granularity=GRANULARITIES[seed]
+    )
+    with THE.delayed(seed):
+        assert torch.equal(run(pipe, name), expected)
+    pipe.disable_block_offload()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_calls_take_no_more_memory_than_the_first_ones(granularity):
+    pipe = build("flux")
+    pipe.enable_block_offload(device=DEVICE, offload_ratio=1.0, offload_granularity=granularity)
+    for _ in range(2):
+        run(pipe, "flux")
+    torch.npu.empty_cache()
+    run(pipe, "flux")
+    allocated, grown = THE.memory.allocated, THE.memory.grown
+    for _ in range(3):
+        run(pipe, "flux")
+        assert (THE.memory.allocated, THE.memory.grown) == (allocated, grown)
+    pipe.disable_block_offload()
+
+
+def test_everything_is_given_back():
+    gc.collect()
+    before, pinned = THE.memory.allocated, len(THE.pinned)
+    pipe = build("wan22")
+    pipe.enable_block_offload(device=DEVICE, offload_ratio=0.5)
+    run(pipe, "wan22")
+    assert THE.memory.allocated > before and len(THE.pinned) > pinned
+    pipe.disable_block_offload()
+    del pipe  # its scheduler remembers what came out
+    gc.collect()
+    assert (THE.memory.allocated, len(THE.pinned)) == (before, pinned)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_what_is_predicted_comes_true(share):
+    """The peak to the byte but for rounding, and the step's seconds on the simulated clock."""
+    blocks = (nn.Sequential(nn.Linear(1024, 2048), nn.GELU(), nn.Linear(2048, 1024)) for _ in range(12))
+    net = odd_nets.Net(*blocks).eval().requires_grad_(False)
+    net.embed, net.out = nn.Linear(8, 1024), nn.Linear(1024, 8)
+    net.requires_grad_(False)
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    x = torch.randn(64, 8).to(DEVICE)
+    net.to(DEVICE)(x)
+    torch.npu.reset_peak_memory_stats()
+    before = THE.memory.allocated - weights
+    net(x)
+    activations = THE.memory.peak_allocated - THE.memory.allocated
+    net.to("cpu")
+    limit = before + activations + int(weights * share)
+    torch.npu.empty_cache()
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, max_device_memory=limit)
+    for _ in range(6):
+        net(x)
+    engine = handle._engine
+    prediction = engine.budget.predict(engine.components[0])
+    assert prediction.kept_bytes
+    torch.npu.synchronize()
+    torch.npu.reset_peak_memory_stats()
+    begin = engine.streams.compute.time
+    for _ in range(4):
+        net(x)
+    step = (engine.streams.compute.time - begin) / 4
+    assert THE.memory.peak_allocated <= limit
+    assert THE.memory.peak_allocated == pytest.approx(prediction.peak_bytes, rel=0.02)
+    assert step == pytest.approx(prediction.seconds, rel=0.05)
+    handle.disable()

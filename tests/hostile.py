@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from decimal import Decimal
@@ -263,19 +262,19 @@ def write_folder(folder: Path, files: dict[str, dict[str, Any]], changes: list[t
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(text)
-    for change in changes:
-        if change[0] == "remove":
-            with contextlib.suppress(OSError):  # it is a folder by now
-                (folder / change[1]).unlink(missing_ok=True)
-        elif change[0] == "link":
-            _link(folder / change[1], change[2])
+    # One thing a place, and files before the folder they lie in: nothing is done beyond a link to somewhere else.
+    places = {change[1]: change[2:] for change in changes if change[0] in ("link", "remove")}
+    for name in sorted(places, key=lambda name: -name.count("/")):
+        path = folder / name
+        assert path.parent.resolve() == (folder.resolve() / name).parent
+        if path.is_dir():
+            path.rename(path.with_name("moved"))
+        path.unlink(missing_ok=True)
+        if places[name]:
+            _link(path, *places[name])
 
 
 def _link(path: Path, to: str) -> None:
-    if path.is_dir() and not path.is_symlink():
-        path.rename(path.with_name("moved"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
     if to == "pipe":
         os.mkfifo(path)
     elif to == "folder":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -176,22 +177,30 @@ def _plan(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     try:
         size = arguments.max_device_memory
-        limit = parse_bytes("--max-device-memory", int(size) if size and size.isdigit() else size)
+        in_bytes = size is not None and re.fullmatch("[0-9]{1,19}", size)
+        limit = parse_bytes("--max-device-memory", int(size) if in_bytes else size)
         if arguments.pipeline is not None:
             found = demo_skeleton(arguments.pipeline, arguments.size, dtype)
         else:
             found = open_skeleton(arguments.path, dtype)
         found = found.only(arguments.component)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(_printable(str(error)))
     inspection = inspect(
         found.modules, arguments.granularity, found.title, found.dtypes, found.missing, limit
     )
-    print(json.dumps(inspection.as_dict(), indent=2) if arguments.json else inspection)
+    print(json.dumps(inspection.as_dict(), indent=2) if arguments.json else _printable(str(inspection)))
     too_little = inspection.too_little()
     if too_little is not None:
-        print(too_little, file=sys.stderr)
+        print(_printable(too_little), file=sys.stderr)
     return 1 if too_little is not None else 0
+
+
+def _printable(text: str) -> str:
+    """`text` with what a terminal would obey, or cannot show, written out: names may be a stranger's."""
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _positive(text: str) -> int:

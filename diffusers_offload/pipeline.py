@@ -19,6 +19,7 @@ from .handle import OffloadHandle, held_policy
 from .held import find_held
 from .log import logger
 from .policy import OffloadPolicy, Request, parse_bytes, parse_request
+from .quoting import quoted
 from .refusals import refuse_device_map
 from .routing import follow, plan_targets
 from .streams import find_device, open_streams
@@ -176,12 +177,16 @@ def enable_block_offload(
         The handle; `handle.disable()` undoes it.
 
     Raises:
-        TypeError: `module` is no module.
+        TypeError: `module` is no module, or `name` no string.
         ValueError: an argument is wrong, or the module is offloaded already.
         RuntimeError: the device is not there.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}")
+    if not isinstance(name, str):
+        raise TypeError(
+            f"name={quoted(name)} is not a string; use what messages and the plan shall call the module"
+        )
     device = find_device(device)
     request = parse_request(offload_granularity, offload_ratio, None, (name,))
     if held_policy(module) is not None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from .quoting import quoted
+
 GRANULARITIES = ("resident", "model", "block", "phase", "leaf")
 STREAMING = ("block", "phase", "leaf")  # of these, what comes in units, which take turns on the device
+_MOST_BYTES = 2**63 - 1  # what torch counts sizes in
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,7 @@ class OffloadPolicy:
     ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(
-                f"granularity={self.granularity!r} is not known; use one of {', '.join(map(repr, GRANULARITIES))}"
-            )
+        check_granularity("granularity", self.granularity)
         object.__setattr__(self, "ratio", check_ratio("ratio", self.ratio))
         if self.ratio != 1.0 and not self.streams:
             raise ValueError(
@@ -45,15 +45,25 @@ class OffloadPolicy:
         return self.granularity in STREAMING
 
 
+def check_granularity(name: str, value: str) -> str:
+    """`value` if it is a granularity; `name` is what the message calls it."""
+    # Not everything can be looked up in a tuple: an array is compared element by element.
+    if not isinstance(value, str) or value not in GRANULARITIES:
+        raise ValueError(
+            f"{name}={quoted(value)} is not known; use one of {', '.join(map(repr, GRANULARITIES))}"
+        )
+    return value
+
+
 def check_ratio(name: str, value: float) -> float:
     """`value` as a float between 0.0 and 1.0; `name` is what the message calls it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(
-            f"{name}={value!r} is not a number; use one between 0.0 (all stays) and 1.0 (all streams)"
+            f"{name}={quoted(value)} is not a number; use one between 0.0 (all stays) and 1.0 (all streams)"
         )
     if not 0.0 <= value <= 1.0:
         raise ValueError(
-            f"{name}={value!r} is outside 0.0-1.0; 0.0 keeps every block on the device, 1.0 none"
+            f"{name}={quoted(value)} is outside 0.0-1.0; use 0.0 to keep every block on the device, 1.0 to keep none"
         )
     return float(value)
 
@@ -62,7 +72,7 @@ def parse_bytes(name: str, value: int | str | None) -> int | None:
     """A size such as "10GiB" or 10737418240 in bytes; `name` is what the message calls it.
 
     Raises:
-        ValueError: `value` is no positive size.
+        ValueError: `value` is no positive size, or more bytes than can be counted.
     """
     if value is None:
         return None
@@ -72,10 +82,16 @@ def parse_bytes(name: str, value: int | str | None) -> int | None:
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise ValueError
         nbytes = convert_file_size_to_int(value)
-    except ValueError:
-        raise ValueError(f"{name}={value!r} is not a size; use bytes, or a string such as '10GiB'") from None
+    except (ValueError, OverflowError):  # "infGiB" is a number, too
+        raise ValueError(
+            f"{name}={quoted(value)} is not a size; use bytes, or a string such as '10GiB'"
+        ) from None
     if nbytes <= 0:
-        raise ValueError(f"{name}={value!r} is not positive; use bytes, or a string such as '10GiB'")
+        raise ValueError(f"{name}={quoted(value)} is not positive; use bytes, or a string such as '10GiB'")
+    if nbytes > _MOST_BYTES:
+        raise ValueError(
+            f"{name}={quoted(value)} is more than any memory holds; use bytes, or a string such as '10GiB'"
+        )
     return nbytes
 
 
@@ -105,12 +121,7 @@ def parse_request(
     Raises:
         ValueError: an argument is wrong; the message names it, its value and what to write instead.
     """
-    if offload_granularity not in GRANULARITIES:
-        raise ValueError(
-            f"offload_granularity={offload_granularity!r} is not known; "
-            f"use one of {', '.join(map(repr, GRANULARITIES))}"
-        )
-    default = OffloadPolicy(granularity=offload_granularity)
+    default = OffloadPolicy(check_granularity("offload_granularity", offload_granularity))
     ratio = None
     if offload_ratio is not None:
         ratio = check_ratio("offload_ratio", offload_ratio)
@@ -123,13 +134,13 @@ def parse_request(
             )
     if components is not None and not isinstance(components, Mapping):
         raise ValueError(
-            f"components={components!r} is not a mapping; use e.g. components={{'vae': 'resident'}}"
+            f"components={quoted(components)} is not a mapping; use e.g. components={{'vae': 'resident'}}"
         )
     by_name = {}
     for name, wanted in (components or {}).items():
         if name not in known:
             raise ValueError(
-                f"components names {name!r}, which this pipeline does not have; "
+                f"components names {quoted(name)}, which this pipeline does not have; "
                 f"its components are {', '.join(map(repr, known)) or 'none'}"
             )
         by_name[name] = _parse_policy(name, wanted, ratio)
@@ -141,7 +152,7 @@ def _parse_policy(name: str, wanted: str | OffloadPolicy, ratio: float | None) -
         return wanted
     if not isinstance(wanted, str) or wanted not in GRANULARITIES:
         raise ValueError(
-            f"components[{name!r}]={wanted!r} is not known; use an OffloadPolicy "
+            f"components[{name!r}]={quoted(wanted)} is not known; use an OffloadPolicy "
             f"or one of {', '.join(map(repr, GRANULARITIES))}"
         )
     return OffloadPolicy(wanted, 1.0 if ratio is None or wanted not in STREAMING else ratio)

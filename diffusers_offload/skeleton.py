@@ -1,4 +1,8 @@
-"""A saved pipeline's modules without their weights: built from their configs, on the meta device."""
+"""A saved pipeline's modules without their weights: built from their configs, on the meta device.
+
+The folder may be a stranger's: only JSON is read, only classes of Diffusers and transformers are built, and what
+building may do is `confined`.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from .confinement import ConfinedError, confined
 from .demo.maker import cast_as_loaded, default_dtype
+from .quoting import quoted
 
 _INDEX, _CONFIG = "model_index.json", "config.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LARGEST_HEADER = 100 * 2**20  # bytes; safetensors itself reads none that is larger
+_LARGEST_CONFIG = 10 * 2**20  # bytes; real ones have a few thousand
+_PLAIN_ATTENTION = (None, "eager", "sdpa")  # what needs no code beyond the installed libraries
+_LONGEST_REASON = 1000  # characters of an exception that are shown
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -76,7 +85,8 @@ def open_skeleton(path: str, dtype: torch.dtype | None = None) -> Skeleton:
     folder = _find_folder(path)
     if (folder / _INDEX).is_file():
         index = _read_json(folder / _INDEX)
-        title = str(index.get("_class_name", "a pipeline"))
+        title = index.get("_class_name")
+        title = title if isinstance(title, str) and title.isidentifier() else "a pipeline"
         entries = {
             name: (index[name][0], index[name][1])
             for name in _in_order_of_signature(title, index)
@@ -85,12 +95,13 @@ def open_skeleton(path: str, dtype: torch.dtype | None = None) -> Skeleton:
         return _build_all(title, {name: (folder / name, *entry) for name, entry in entries.items()}, dtype)
     if (folder / _CONFIG).is_file():
         config = _read_json(folder / _CONFIG)
-        architectures = config.get("architectures") or [None]
+        architectures = config.get("architectures")
         library = "diffusers" if "_class_name" in config else "transformers"
-        class_name = config.get("_class_name") or architectures[0]
-        if class_name is not None:
+        listed = architectures[0] if isinstance(architectures, list) and architectures else None
+        class_name = config.get("_class_name") or listed
+        if isinstance(class_name, str):
             name = folder.resolve().name
-            return _build_all(str(class_name), {name: (folder, library, class_name)}, dtype)
+            return _build_all(class_name, {name: (folder, library, class_name)}, dtype)
         raise NoPipelineError(
             f"{path}: its {_CONFIG} names no class, neither as _class_name nor in architectures"
         )
@@ -116,10 +127,16 @@ def demo_skeleton(name: str, size: str, dtype: torch.dtype | None = None) -> Ske
 
 
 def _find_folder(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    try:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            return folder
+        exists = folder.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, not ours to read, no such user
+        raise NoPipelineError(
+            f"{quoted(path)} cannot be looked at ({error}): name a directory that save_pretrained wrote"
+        ) from error
+    if exists:
         raise NoPipelineError(f"{path} is a file: name the directory that save_pretrained wrote")
     if not _HUB_ID.fullmatch(path):
         raise NoPipelineError(
@@ -138,8 +155,13 @@ def _find_folder(path: str) -> Path:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
+        size = file.stat().st_size
+        if size > _LARGEST_CONFIG:
+            raise NoPipelineError(f"{file} is not what save_pretrained writes: it has {size} bytes")
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except NoPipelineError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise NoPipelineError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise NoPipelineError(f"{file} is not what save_pretrained writes: no JSON object")
@@ -175,7 +197,7 @@ def _build_all(
                     missing[name] = f"there is no {name}/{_CONFIG}"
                 continue
             if cls is None:
-                missing[name] = f"there is no class {class_name} in {library}"
+                missing[name] = f"there is no class {_name_text(class_name)} in {_name_text(library)}"
                 continue
             if not hasattr(cls, "load_config") and getattr(cls, "config_class", None) is None:
                 missing[name] = f"a {class_name} has no config of its own"
@@ -189,14 +211,24 @@ def _build_all(
             dtypes[name] = _in_words(chosen, source)
         except Exception as error:  # whatever a model's constructor may raise
             first = str(error).strip().partition("\n")[0]
-            missing[name] = f"{class_name} cannot be built without weights: {type(error).__name__}: {first}"
+            what = (
+                f"{type(error).__name__}: {first}" if len(first) <= _LONGEST_REASON else type(error).__name__
+            )
+            missing[name] = f"{_name_text(class_name)} cannot be built without weights: {what}"
     return Skeleton(title, modules, dtypes, missing)
+
+
+def _name_text(name: object) -> str:
+    return name if isinstance(name, str) and name.isidentifier() else quoted(name)
 
 
 def _find_class(library: str, class_name: str) -> type | None:
     """The class that a model_index.json names: of a library, or of one of Diffusers' pipelines."""
     import diffusers.pipelines
 
+    # Public names only: what these modules list, or hold because they imported it. Nothing is imported by name.
+    if not all(isinstance(n, str) and n.isidentifier() and n[0] != "_" for n in (library, class_name)):
+        return None
     if hasattr(diffusers.pipelines, library):
         home = getattr(diffusers.pipelines, library)
     elif library in ("diffusers", "transformers"):
@@ -212,19 +244,40 @@ def _build(cls: type[nn.Module], folder: Path, dtype: torch.dtype) -> nn.Module:
         if hasattr(cls, "load_config"):  # Diffusers'
             return cls.from_config(cls.load_config(folder))
         config = cls.config_class.from_pretrained(folder)
-        parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
-        for each in (config, *filter(None, parts)):  # a model within asks its config, not the default
+        for each in _configs_in(config):  # a model within asks its config, not the default
             setattr(each, "dtype" if hasattr(each, "dtype") else "torch_dtype", dtype)
+            _disarm(each)
         model = cls(config)
         model.tie_weights()
         return model
 
-    model = _without_weights(make, dtype)
+    with confined():
+        model = _without_weights(make, dtype)
     if hasattr(cls, "load_config"):
         _cast_what_is_stored(model, dtype)
     else:
         cast_as_loaded(model, dtype)
     return model.eval()
+
+
+def _configs_in(config: Any) -> Iterator[Any]:
+    """A config of transformers', and those within it."""
+    yield config
+    for value in list(vars(config).values()):
+        if hasattr(type(value), "model_type"):
+            yield from _configs_in(value)
+
+
+def _disarm(config: Any) -> None:
+    """Take from a config of transformers' what names code that is not installed: it may be on the Hub.
+
+    What computes the attention or the experts changes no weight.
+    """
+    vars(config).pop("auto_map", None)
+    if getattr(config, "_attn_implementation", None) not in _PLAIN_ATTENTION:
+        config._attn_implementation = None
+    if getattr(config, "_experts_implementation", None) is not None:
+        config._experts_implementation = None
 
 
 def _cast_what_is_stored(model: nn.Module, dtype: torch.dtype) -> None:
@@ -240,6 +293,8 @@ def _without_weights(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Mo
         try:
             with torch.device("meta"):
                 return make()
+        except ConfinedError:
+            raise
         except Exception:  # a constructor that computes with the values of a tensor
             from accelerate import init_empty_weights
 
@@ -254,7 +309,8 @@ def _dtype_of(folder: Path, config: Mapping[str, Any]) -> tuple[torch.dtype, str
     stored = _stored_dtype(folder)
     if stored is not None:
         return stored, "as stored"
-    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), None)
+    # Not getattr: torch imports some of its modules when they are asked for.
+    named = vars(torch).get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
     if isinstance(named, torch.dtype) and named.is_floating_point:
         return named, "as its config says"
     return torch.float32, "a guess, for nothing says"
@@ -262,7 +318,9 @@ def _dtype_of(folder: Path, config: Mapping[str, Any]) -> tuple[torch.dtype, str
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
     """The dtype that most bytes of the safetensors files in `folder` have; reads nothing but their headers."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(
+        file for file in folder.glob("*.safetensors") if file.is_file()
+    )  # opening a pipe would wait
     # "model.fp16.safetensors" is a variant, which is loaded only by its name.
     files = [file for file in files if "." not in file.stem] or files
     sizes: dict[str, int] = {}
@@ -283,7 +341,7 @@ def _stored_sizes(file: Path) -> Iterator[tuple[str, int]]:
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 yield str(entry["dtype"]), int(end) - int(begin)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return  # damaged, or a pointer in place of the file: the config may know
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .quoting import quoted
+
 # Lower is more urgent. A device that knows fewer levels clamps them, or ignores them (NPU).
 COMPUTE_PRIORITY, LOAD_PRIORITY, EVICT_PRIORITY = -1, 0, 0
 
@@ -199,19 +201,21 @@ def find_device(device: str | torch.device | None) -> torch.device:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         usable = found is not None and _count(found.type) > 0
         device = found if usable else "cpu"
-    name = str(device).partition(":")[0]
+    name = device.partition(":")[0] if isinstance(device, str) else None
     try:
         device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         if name == "npu":
-            raise RuntimeError(f"device={device!r} is not there: install torch_npu and import it") from error
+            raise RuntimeError(
+                f"device={quoted(device)} is not there: install torch_npu and import it"
+            ) from error
         raise ValueError(
-            f"device={device!r} is not a device; use 'cuda', 'npu', 'xpu' (with an index if you like) or 'cpu'"
+            f"device={quoted(device)} is not a device; use 'cuda', 'npu', 'xpu' (with an index if you like) or 'cpu'"
         ) from error
     if device.type == "cpu":
         return torch.device("cpu")
     count = _count(device.type)
-    if (device.index or 0) >= count:
+    if not 0 <= (device.index or 0) < count:  # torch reads "cuda:200" as device -56
         raise RuntimeError(
             f"device={str(device)!r} is not there: this machine has {count} {device.type} device(s) with streams; "
             "leave `device` out to use what the machine has, or pass device='cpu'"

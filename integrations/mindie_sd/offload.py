@@ -7,6 +7,8 @@ from torch import nn
 
 from diffusers_offload.handle import OffloadHandle, held_policy
 from diffusers_offload.policy import OffloadPolicy, Request
+from diffusers_offload.quoting import quoted
+from diffusers_offload.refusals import refuse_before
 from diffusers_offload.streams import find_device
 from diffusers_offload.target import Target
 from diffusers_offload.units import dissect
@@ -25,11 +27,13 @@ def enable_offload(model: nn.Module, blocks: nn.ModuleList, min_reserved_blocks_
 
     Raises:
         TypeError: `model` is no module, `blocks` no `ModuleList` of modules, or the count no int.
-        ValueError: there are no blocks, or the count is negative or not less than their number.
+        ValueError: there are no blocks, they are not the model's, one is the model itself, the count is negative or
+            not less than their number, or the model is offloaded by other means or has weights that cannot be moved.
     """
     _check(model, blocks, min_reserved_blocks_count)
     if held_policy(model) is not None:
         return
+    refuse_before(type(model).__name__, model)
     reserved = {id(block) for block in blocks[:min_reserved_blocks_count]}
     anatomy = dissect(model, blocks=list(blocks))
     residents = frozenset(i for i, part in enumerate(anatomy.parts) if id(part.modules[0]) in reserved)
@@ -50,13 +54,19 @@ def _check(model: nn.Module, blocks: nn.ModuleList, count: int) -> None:
     if not isinstance(blocks, nn.ModuleList):
         raise TypeError(f"blocks must be a torch.nn.ModuleList, not {type(blocks).__name__}")
     for index, block in enumerate(blocks):
+        if block is model:
+            raise ValueError(f"blocks[{index}] is the model itself: pass a ModuleList that it holds")
         if not isinstance(block, nn.Module):
             raise TypeError(f"blocks[{index}] must be a torch.nn.Module, not {type(block).__name__}")
     if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"min_reserved_blocks_count must be an int, not {type(count).__name__} ({count!r})")
+        raise TypeError(
+            f"min_reserved_blocks_count must be an int, not {type(count).__name__} ({quoted(count)})"
+        )
     if not len(blocks):
         raise ValueError("blocks must not be empty")
     if count < 0:
-        raise ValueError(f"min_reserved_blocks_count must be >= 0, not {count}")
+        raise ValueError(f"min_reserved_blocks_count must be >= 0, not {quoted(count)}")
     if count >= len(blocks):
-        raise ValueError(f"min_reserved_blocks_count must be < len(blocks) = {len(blocks)}, not {count}")
+        raise ValueError(
+            f"min_reserved_blocks_count must be < len(blocks) = {len(blocks)}, not {quoted(count)}"
+        )

@@ -79,7 +79,7 @@ def _one(model: torch.nn.Module, handle: Any, case: Case, device: torch.device) 
     reset_device_peaks(device)
     try:
         begin = perf_counter()
-        for _ in range(4):
+        for _ in range(6):
             forward()
         torch.cuda.synchronize()
         settled = perf_counter() - begin

@@ -55,9 +55,9 @@ class Transfers:
             current: the current stream, where the caller knows it: asking costs some microseconds.
         """
         streams, counters = self._streams, self._counters
-        unit.weights.place(buffer)
         before = streams.switch(streams.load, current)
         try:
+            unit.weights.place(buffer)  # on this stream: to torch's sanitizer, making views is writing
             if counters.timing:
                 counters.depart(streams.load)
             began = self.stopwatch.departs(streams.load) if self.stopwatch is not None else None

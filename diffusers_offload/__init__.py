@@ -7,6 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+try:
+    import torch  # noqa: F401
+except RuntimeError as error:  # torch loads the extensions that it finds installed
+    if "torch_npu" not in str(error):
+        raise
+    raise ImportError(
+        "torch_npu is installed but cannot be loaded, probably for want of CANN: source CANN's set_env.sh, or set "
+        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 to work without the NPU"
+    ) from error
+
 from ._install import install, uninstall
 
 if TYPE_CHECKING:

@@ -7,6 +7,8 @@ is done the moment it is asked for, so its streams and events have nothing to or
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -206,9 +208,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
         device = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         if name == "npu":
-            raise RuntimeError(
-                f"device={quoted(device)} is not there: install torch_npu and import it"
-            ) from error
+            raise RuntimeError(f"device={quoted(device)} is not there: {_why_no_npu()}") from error
         raise ValueError(
             f"device={quoted(device)} is not a device; use 'cuda', 'npu', 'xpu' (with an index if you like) or 'cpu'"
         ) from error
@@ -222,6 +222,16 @@ def find_device(device: str | torch.device | None) -> torch.device:
         )
     index = torch.get_device_module(device).current_device() if device.index is None else device.index
     return torch.device(device.type, index)
+
+
+def _why_no_npu() -> str:
+    """What to do where torch does not know the device "npu"."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return "install torch_npu, in the version of your torch"
+    setting = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
+    if setting == "0":
+        return "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading torch_npu; unset it, or import torch_npu first"
+    return "torch_npu is installed but was not loaded; import torch_npu first, it says what it lacks"
 
 
 def _count(kind: str) -> int:

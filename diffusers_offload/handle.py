@@ -233,10 +233,14 @@ class OffloadHandle:
         engines = engines_of(held.module for held in leaving)
         with exclusively(engines):
             for held in leaving:
-                self._held = {name: each for name, each in self._held.items() if each is not held}
                 held.owners.discard(self)
                 if not held.owners:
-                    held.release()
+                    try:
+                        held.release()
+                    except BaseException:  # it is offloaded as before, and this handle can still end that
+                        held.owners.add(self)
+                        raise
+                self._held = {name: each for name, each in self._held.items() if each is not held}
             gone = {held.component for held in leaving if not held.owners}
             for component in {c for held in leaving for c in held.engine.components}:
                 if gone & set(component.needs):  # it has tensors of theirs, which nobody moves now

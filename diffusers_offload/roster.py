@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from threading import RLock
 
 import torch
@@ -91,23 +91,32 @@ class Roster:
                 self._transfers.settle(unit)
                 yield unit
         moving = [unit for unit in units if unit not in residents]
-        memory = self._transfers.tier.prepare([unit.nbytes for unit in moving])
-        for unit, host in zip(moving, memory, strict=True):
-            unit.weights.move_to_host(host)
-            yield unit
+        # Closed, or its threads would live as long as the error that a failure ends in.
+        with closing(self._transfers.tier.prepare([unit.nbytes for unit in moving])) as memory:
+            for unit, host in zip(moving, memory, strict=True):
+                unit.weights.move_to_host(host)
+                yield unit
 
     def open_arena(self) -> None:
         """Give the streamed units of all components numbers, homes and an arena that holds them."""
         self.homes.open(self.components)
 
     def release(self, component: Component) -> None:
-        """Give a component its weights back, on the devices they came from."""
+        """Give a component its weights back, on the devices they came from.
+
+        If that fails half way, all of it is offloaded as before, so that it runs and may be released later.
+        """
         if component not in self.components:
             return
         self._withdraw(component)
         self.streams.synchronize()  # copies from memory that is about to go
+        try:
+            for unit in component.units:
+                unit.weights.restore()
+        except BaseException:
+            self._take_edits(component)
+            raise
         for unit in component.units:
-            unit.weights.restore()
             unit.state = State.RESIDENT  # where it was: whoever still predicts it finds nothing to load
         self.streams.synchronize()  # copies out of memory that is now free
         self.components.remove(component)

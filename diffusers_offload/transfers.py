@@ -66,6 +66,9 @@ class Transfers:
             counters.loaded(unit, streams.load)
             if began is not None:
                 self.stopwatch.copied(unit.nbytes, began, streams.load)
+        except BaseException:
+            unit.weights.place(None)  # nobody else would let go of the buffer
+            raise
         finally:
             streams.restore(before)
         unit.state = State.LOADING

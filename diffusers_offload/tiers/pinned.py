@@ -146,7 +146,7 @@ class PinnedTier:
         stream = self._streams.current()
         for turn, start in enumerate(range(0, source.numel(), STAGING_BYTES)):
             buffer, copied = self._staging[turn % 2]
-            copied.synchronize()  # the device has read what this buffer held before
+            self._streams.wait_for(copied, "the copy out of a staging buffer")  # which is filled anew
             piece = source[start : start + STAGING_BYTES]
             staged = buffer[: piece.numel()]
             staged.copy_(piece)

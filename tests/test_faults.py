@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="coun
 
 # Where a fault is tried at every pass, or at many; elsewhere at some. The first and the last are always among them.
 EVERYWHERE = ("device memory", "host memory", "a copy to the device", "moving in", "moving out")
-AT_MOST_THERE, AT_MOST = 24, 5
+AT_MOST_THERE, AT_MOST = 20, 4
 OTHERS = (("flux", "phase"), ("flux", "leaf"), ("wan22", "block"), ("sdxl-controlnet", "block"))
 
 
@@ -57,13 +57,13 @@ def test_the_pipeline_lives_through(what, device):
 @pytest.mark.parametrize("what", EVERYWHERE)
 @pytest.mark.parametrize(("name", "granularity"), OTHERS)
 def test_other_pipelines_live_through(name, granularity, what, device):
-    assert live_through_faults(name, granularity, what, device, most=3)
+    assert live_through_faults(name, granularity, what, device, most=2)
 
 
 @pytest.mark.parametrize("granularity", ["block", "phase", "leaf"])
 @pytest.mark.parametrize("what", ["device memory", "host memory", "a copy to the device"])
 def test_it_lives_through_a_place_that_fails_for_a_while(what, granularity, device):
-    assert live_through_faults("flux", granularity, what, device, most=4, times=4)
+    assert live_through_faults("flux", granularity, what, device, most=3, times=4)
 
 
 @pytest.mark.parametrize("what", ["device memory", "a copy to the device", "a matrix product"])
@@ -78,7 +78,9 @@ def test_many_faults_take_no_memory(device):
         subject.live_through(place, number, "block")
         if number in (9, 29):
             after.append(resident_bytes())
-    assert after[1] == pytest.approx(after[0], rel=0.01)
+    assert (
+        after[1] - after[0] < 16 * 2**20
+    )  # the weights are 4 MB: one set of them for each fault would be 80
 
 
 def test_without_memory_for_copies_disabling_leaves_weights_where_they_were_moved():

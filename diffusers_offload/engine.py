@@ -112,6 +112,8 @@ class Engine:
         self._stack.append(component)
         component.depth += 1
         try:
+            if self.homes.lost and outermost:
+                self.homes.fit()
             self._bring(component)
             if self.budget is not None and outermost:
                 self._contend(component)
@@ -335,6 +337,8 @@ class Engine:
 
         `current` is the current stream, where the caller knows it: asking costs some microseconds.
         """
+        if self.homes.lost:  # nothing would bound what is loaded
+            return
         ahead: set[int] = set()
         last = None
         for number in islice(self.homes.order.upcoming(), len(self.units)):
@@ -386,9 +390,8 @@ class Engine:
     def _load(self, unit: Unit, in_the_way: list[Unit], current: Any = None) -> None:
         fits = not unit.floats and unit.slot is not None and unit.slot.numel() == unit.nbytes
         if not fits or any(other.state is State.IN_USE for other in in_the_way):
-            buffer = self._transfers.allocate(unit.nbytes)
+            self._transfers.load(unit, self._transfers.allocate(unit.nbytes), current)
             unit.borrows = True
-            self._transfers.load(unit, buffer, current)
             if unit.floats:
                 self._afloat.append(unit)
             return

@@ -169,7 +169,7 @@ class OffloadHandle:
         """Give every component its weights back, on the devices they came from, and free all memory."""
         self.following = None
         self.let_go(list(self.holds.values()))
-        self._engine.streams.synchronize()
+        self._engine.streams.synchronize("the last copies")
         self._engine.streams.forget_workspaces()
         self._engine.streams.empty_cache()
         _live.discard(self)
@@ -233,10 +233,14 @@ class OffloadHandle:
         engines = engines_of(held.module for held in leaving)
         with exclusively(engines):
             for held in leaving:
-                self._held = {name: each for name, each in self._held.items() if each is not held}
                 held.owners.discard(self)
                 if not held.owners:
-                    held.release()
+                    try:
+                        held.release()
+                    except BaseException:  # it is offloaded as before, and this handle can still end that
+                        held.owners.add(self)
+                        raise
+                self._held = {name: each for name, each in self._held.items() if each is not held}
             gone = {held.component for held in leaving if not held.owners}
             for component in {c for held in leaving for c in held.engine.components}:
                 if gone & set(component.needs):  # it has tensors of theirs, which nobody moves now

@@ -155,8 +155,9 @@ class Held:
         recovery.let_go_of_tensors(error)
         try:
             return self._make_room()
-        except (RuntimeError, MemoryError):  # the host has no room, either: the first error tells
-            logger.warning("%s: what leaves the device found no room on the host", self.component.name)
+        except (RuntimeError, MemoryError) as failure:  # the first error tells
+            where = "the device" if recovery.is_out_of_memory(failure) else "the host"
+            logger.warning("%s: room could not be made, %s has none left", self.component.name, where)
             return False
 
     def _make_room(self) -> bool:
@@ -228,7 +229,9 @@ class Held:
         return any(each is hook for _, each in self._hooks)
 
     def release(self) -> None:
-        """Take the component's own hook off, and with it everything else."""
+        """Give the weights back, take the component's own hook off, and with it everything else."""
+        with self.engine.lock:
+            self.engine.roster.release(self.component)  # what may fail comes first
         for module, hook in self._hooks[:1]:
             hooks.detach(module, hook)
         self.restore()  # for a component that never got its hook, because taking it in failed half way

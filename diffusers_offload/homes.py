@@ -23,6 +23,7 @@ class Homes:
         order: predicts which is used next.
         may_wait: bytes of floating units, which have no home, that may be loaded ahead.
         slack: bytes of the arena beyond what any `slots` units of one component need.
+        lost: there was no memory for the arena, so units have no homes until `fit` finds some.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Homes:
         self.may_wait = LOOKAHEAD
         self.slack = 0
         self.slots = 2
+        self.lost = False
         self._components: Sequence[Component] = ()
         self._allocate = allocate
         self._clear = clear
@@ -69,8 +71,10 @@ class Homes:
         if needed != self.arena.capacity:
             self._clear([unit for unit in self.units if unit.state is not State.RESIDENT])
             self.arena.buffer = None
+            self.lost = True
             try:
-                self.arena.buffer = self._allocate(needed)
+                self.arena.buffer = self._allocate(needed) if needed else None
+                self.lost = False
             except RuntimeError:
                 if self.extra:
                     self.slack = 0
@@ -89,7 +93,8 @@ class Homes:
         units = [self.units[number] for number in order]
         units = [unit for unit in units if unit.state is not State.RESIDENT]
         self._clear(units)
-        self.arena.assign([unit for unit in units if not unit.keeps])
+        if not self.lost:
+            self.arena.assign([unit for unit in units if not unit.keeps])
 
     def learn(self, component: Component) -> bool:
         """A forward has run: assign homes anew if they do not suit its order; returns whether they changed."""

@@ -198,10 +198,10 @@ class ComponentHook(EngineHook):
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Give the component its weights back, where they came from."""
+        self.held.restore()  # if it fails, nothing else has changed
         module = super().detach_hook(module)
         guards.unguard(module)
         self._detached = True
-        self.held.restore()
         return module
 
 

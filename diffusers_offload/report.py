@@ -177,7 +177,7 @@ class Counters:
         """(transfer, stall) in milliseconds of device time; waits for the device."""
         if not self._copies:
             return None, None
-        self.streams.synchronize()
-        transfer = sum(begin.elapsed_time(end) for begin, end in self._copies)
+        self.streams.synchronize("the copies that were timed")
+        transfer = sum(begin.elapsed_time(end) for begin, end in self._copies if end is not None)
         stall = sum(max(0.0, arrival.elapsed_time(end)) for arrival, end in self._waits)
         return transfer, stall

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from threading import RLock
 
 import torch
@@ -45,6 +45,16 @@ class Roster:
         self._clear = clear
         self._withdraw = withdraw
         self._forget = forget
+        streams.tellers.add(self)
+
+    def under_way(self) -> list[str]:
+        """The units that are on their way to the device or in use there, and which of the two."""
+        return [
+            f"{component.name}.{unit.name} ({unit.state.value})"
+            for component in self.components
+            for unit in component.units
+            if unit.state in (State.LOADING, State.IN_USE)
+        ]
 
     def adopt(self, component: Component) -> Iterator[Unit]:
         """Move a component's units to where they stay; yields each unit once it is there."""
@@ -54,7 +64,7 @@ class Roster:
     def exchange(self, before: Component, after: Component) -> None:
         """Put `after` in the place of `before`, the same module taken apart anew; units in both stay put."""
         self._withdraw(before)
-        self.streams.synchronize()  # copies from memory that is about to go
+        self.streams.synchronize(f"copies of {before.name}, whose memory is about to go")
         staying = set(after.units)
         origin = {}
         home = next((unit.weights.origin[0] for unit in before.units), None)  # also of what has come since
@@ -91,25 +101,36 @@ class Roster:
                 self._transfers.settle(unit)
                 yield unit
         moving = [unit for unit in units if unit not in residents]
-        memory = self._transfers.tier.prepare([unit.nbytes for unit in moving])
-        for unit, host in zip(moving, memory, strict=True):
-            unit.weights.move_to_host(host)
-            yield unit
+        # Closed, or its threads would live as long as the error that a failure ends in.
+        with closing(self._transfers.tier.prepare([unit.nbytes for unit in moving])) as memory:
+            for unit, host in zip(moving, memory, strict=True):
+                unit.weights.move_to_host(host)
+                yield unit
 
     def open_arena(self) -> None:
         """Give the streamed units of all components numbers, homes and an arena that holds them."""
         self.homes.open(self.components)
 
     def release(self, component: Component) -> None:
-        """Give a component its weights back, on the devices they came from."""
+        """Give a component its weights back, on the devices they came from.
+
+        If that fails half way, all of it is offloaded as before, so that it runs and may be released later.
+        """
         if component not in self.components:
             return
         self._withdraw(component)
-        self.streams.synchronize()  # copies from memory that is about to go
+        self.streams.synchronize(f"copies of {component.name}, whose memory is about to go")
+        try:
+            for unit in component.units:
+                unit.weights.restore()
+        except BaseException:
+            self._take_edits(component)
+            raise
         for unit in component.units:
-            unit.weights.restore()
             unit.state = State.RESIDENT  # where it was: whoever still predicts it finds nothing to load
-        self.streams.synchronize()  # copies out of memory that is now free
+        self.streams.synchronize(
+            f"the weights of {component.name} to be back"
+        )  # out of memory that is now free
         self.components.remove(component)
         self._forget(component)
         if not any(other.streamed for other in self.components):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from .component import Component, State, Unit
 from .streams import Streams
 from .transfers import Transfers
@@ -47,18 +49,23 @@ class Stems:
         load, freed = self._streams.load, 0
         for stream in component.users:
             load.wait_stream(stream)
-        for unit in component.stem:
-            if unit.state is not State.IN_USE:
-                continue
-            freed += unit.nbytes
-            unit.state = State.OFFLOADED
-            if unit.weights.was_replaced():
-                self._transfers.take_over(unit)
-                continue
-            changed = unit.weights.unbind()
-            if changed:
-                self._transfers.write_back(unit, changed, load)
-            unit.weights.place(None)
         component.users.clear()
         component.present = False
+        with ExitStack() as leaving:  # all of it, even if a piece fails
+            for unit in component.stem:
+                if unit.state is State.IN_USE:
+                    leaving.callback(self._send_unit_away, unit)
+                    freed += unit.nbytes
         return freed
+
+    def _send_unit_away(self, unit: Unit) -> None:
+        unit.state = State.OFFLOADED
+        if unit.weights.was_replaced():
+            self._transfers.take_over(unit)
+            return
+        changed = unit.weights.unbind()
+        try:
+            if changed:
+                self._transfers.write_back(unit, changed, self._streams.load)
+        finally:
+            unit.weights.place(None)

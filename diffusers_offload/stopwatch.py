@@ -62,7 +62,7 @@ class Stopwatch:
         """
         if self._end is None or not self._uses:
             return None
-        self._streams.synchronize()
+        self._streams.synchronize("the forward that was timed")
         index = {unit: number for number, unit in enumerate(units)}
         uses = [use for use in self._uses if use[0] in index]
         compute = tuple(starts.elapsed_time(ends) / 1e3 for _, _, starts, ends in uses)

@@ -9,14 +9,30 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 
+from .log import logger
 from .quoting import quoted
 
 # Lower is more urgent. A device that knows fewer levels clamps them, or ignores them (NPU).
 COMPUTE_PRIORITY, LOAD_PRIORITY, EVICT_PRIORITY = -1, 0, 0
+
+# Seconds that the host waits for the device before it says so, and before it raises. Honest work may take
+# minutes on a slow device.
+WARN_AFTER, GIVE_UP_AFTER = 60.0, 1800.0
+_SPINS_FOR, _LONGEST_SLEEP = 0.0002, 0.001  # most waits are shorter than the system can sleep
+_NAMED = 8  # units in a diagnosis
+
+
+class Teller(Protocol):
+    """Whoever knows what was queued."""
+
+    def under_way(self) -> list[str]: ...
 
 
 class DeviceStreams:
@@ -24,12 +40,16 @@ class DeviceStreams:
 
     Args:
         device: the accelerator, with an index.
+
+    Attributes:
+        tellers: who is asked what was queued when a wait does not end.
     """
 
     asynchronous = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.tellers: WeakSet[Teller] = WeakSet()
         self._module = torch.get_device_module(device)
         self.compute = self._module.Stream(device=device, priority=COMPUTE_PRIORITY)
         self.load = self._module.Stream(device=device, priority=LOAD_PRIORITY)
@@ -61,8 +81,57 @@ class DeviceStreams:
         if device_index != self.device.index:
             self._module.set_device(device_index)
 
-    def synchronize(self) -> None:
+    def wait_for(self, event: Any, what: str) -> None:
+        """The host waits for `event`.
+
+        Args:
+            what: is waited for, in words.
+
+        Raises:
+            RuntimeError: it did not come in `GIVE_UP_AFTER` seconds.
+        """
+        self._wait_until(event.query, what)
+        event.synchronize()  # which returns at once; it is by this that the host comes behind the event
+
+    def synchronize(self, what: str = "the device to be done") -> None:
+        """The host waits for all that is queued on the device, also on streams that nobody noted.
+
+        Events of our streams would not do: what stays on the device is used on any stream, and its memory may be
+        about to go. Ours are asked first all the same, since that wait tells if it does not end.
+
+        Args, Raises: as for `wait_for`.
+        """
+        for stream in (self.load, self.compute, self.evict, self.current()):
+            self._wait_until(stream.query, what)
         self._module.synchronize(self.device)
+
+    def _wait_until(self, done: Callable[[], bool], what: str) -> None:
+        if done():
+            return
+        began, warned = time.monotonic(), False
+        while not done():
+            waited = time.monotonic() - began
+            if waited >= GIVE_UP_AFTER:
+                raise RuntimeError(
+                    f"{self._diagnose(what, waited)} Start the process anew; CUDA_LAUNCH_BLOCKING=1 (or "
+                    "ASCEND_LAUNCH_BLOCKING=1) shows which kernel does not end, the system's log whether the driver "
+                    "has failed. If the device is just slow, raise diffusers_offload.streams.GIVE_UP_AFTER."
+                )
+            if waited >= WARN_AFTER and not warned:
+                warned = True
+                logger.warning("%s It may be slow, or hang.", self._diagnose(what, waited))
+            if waited >= _SPINS_FOR:
+                time.sleep(min(waited / 4, _LONGEST_SLEEP))
+
+    def _diagnose(self, what: str, waited: float) -> str:
+        streams = {"compute": self.compute, "load": self.load, "evict": self.evict}
+        busy = [name for name, stream in streams.items() if not stream.query()]
+        units = [unit for teller in self.tellers for unit in teller.under_way()]
+        rest = f" and {len(units) - _NAMED} more" if len(units) > _NAMED else ""
+        return (
+            f"waited {waited:.0f} s for {what} on {self.device}. Streams with work left: "
+            f"{', '.join(busy) or 'none of ours'}; units: {', '.join(units[:_NAMED]) or 'none under way'}{rest}."
+        )
 
     def empty_cache(self) -> None:
         """Give freed device memory back, so that the next component finds it whatever stream it uses."""
@@ -140,6 +209,7 @@ class InlineStreams:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.tellers: WeakSet[Teller] = WeakSet()
         self.compute = self.load = self.evict = InlineStream()
 
     def current(self) -> InlineStream:
@@ -152,7 +222,9 @@ class InlineStreams:
 
     def restore(self, before: None) -> None: ...
 
-    def synchronize(self) -> None: ...
+    def wait_for(self, event: InlineEvent, what: str) -> None: ...
+
+    def synchronize(self, what: str = "") -> None: ...
 
     def empty_cache(self) -> None: ...
 

@@ -66,6 +66,9 @@ class Transfers:
             counters.loaded(unit, streams.load)
             if began is not None:
                 self.stopwatch.copied(unit.nbytes, began, streams.load)
+        except BaseException:
+            unit.weights.place(None)  # nobody else would let go of the buffer
+            raise
         finally:
             streams.restore(before)
         unit.state = State.LOADING
@@ -89,7 +92,7 @@ class Transfers:
             written.record(streams.evict)
         finally:
             streams.restore(before)
-        written.synchronize()
+        streams.wait_for(written, f"what {_path(unit)} wrote to its weights")
 
     def settle(self, unit: Unit) -> None:
         """Move a unit to the device, to stay there; the host keeps nothing of it."""
@@ -103,14 +106,19 @@ class Transfers:
                 unit.ready.record(streams.load)
             finally:
                 streams.restore(before)
-            unit.ready.synchronize()  # where the tensors were may now be reused by anybody
+            # Where the tensors were may be reused by anybody afterwards.
+            streams.wait_for(unit.ready, f"{_path(unit)} to move to the device")
         unit.state = State.RESIDENT
 
     def take_over(self, unit: Unit) -> None:
         """Somebody gave the tensors other bytes (`tensor.data = ...`, `.to(dtype)`): these count now."""
-        self._streams.synchronize()  # copies from the memory that they had
+        self._streams.synchronize(f"copies of {_path(unit)}, whose weights were replaced")
         unit.weights = renewed(unit.weights)
         unit.weights.move_to_host(self.tier.allocate(unit.weights.nbytes))
+
+
+def _path(unit: Unit) -> str:
+    return f"{unit.component.name}.{unit.name}" if unit.component is not None else unit.name
 
 
 def renewed(weights: Weights) -> Weights:

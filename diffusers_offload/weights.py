@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from . import slab
+from .log import logger
 from .tiers.pinned import HostMemory
 
 
@@ -127,9 +128,20 @@ class Weights:
         return versions != self._versions or not self.is_intact()
 
     def restore(self) -> None:
-        """Give the tensors storage of their own again, on the devices they came from."""
+        """Give the tensors storage of their own again, on the devices they came from.
+
+        If there is no memory for that, those that are on their device already keep the memory that they share.
+
+        Raises:
+            RuntimeError: another device has no room; nothing has changed.
+        """
         if self.moved:
-            self._point_at(slab.separate([tensor.data for tensor in self.tensors], self.origin))
+            try:
+                self._point_at(slab.separate([tensor.data for tensor in self.tensors], self.origin))
+            except (RuntimeError, MemoryError) as error:
+                if any(t.device != where for t, where in zip(self.tensors, self.origin, strict=True)):
+                    raise
+                logger.warning("weights stay in the memory that they were offloaded to: %s", str(error))
             self.moved = False
         self.place(None)
         self.host, self._host_views = None, []

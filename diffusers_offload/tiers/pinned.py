@@ -10,9 +10,10 @@ from __future__ import annotations
 import mmap
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from threading import Lock
 
@@ -78,12 +79,20 @@ class PinnedTier:
             yield from map(self.allocate, sizes)
             return
         rest = iter(sizes)
+        pending: deque[Callable[[], HostMemory]] = deque()
         with ThreadPoolExecutor(_PREPARED_AHEAD) as pool:
-            pending = deque(pool.submit(self.allocate, size) for size in islice(rest, _PREPARED_AHEAD))
+            pending.extend(self._begin(pool, size) for size in islice(rest, _PREPARED_AHEAD))
             while pending:
-                memory = pending.popleft().result()
-                pending.extend(pool.submit(self.allocate, size) for size in islice(rest, 1))
+                memory = pending.popleft()()
+                pending.extend(self._begin(pool, size) for size in islice(rest, 1))
                 yield memory
+
+    def _begin(self, pool: ThreadPoolExecutor, nbytes: int) -> Callable[[], HostMemory]:
+        """Host memory of `nbytes` as soon as it is asked for; it is made ready meanwhile if a thread can be had."""
+        try:
+            return pool.submit(self.allocate, nbytes).result
+        except RuntimeError:  # "can't start new thread"
+            return partial(self.allocate, nbytes)
 
     def load(self, source: HostMemory, destination: torch.Tensor) -> None:
         """Queue the copy of `source` to `destination` (uint8, same length) on the current stream."""
@@ -137,7 +146,7 @@ class PinnedTier:
         stream = self._streams.current()
         for turn, start in enumerate(range(0, source.numel(), STAGING_BYTES)):
             buffer, copied = self._staging[turn % 2]
-            copied.synchronize()  # the device has read what this buffer held before
+            self._streams.wait_for(copied, "the copy out of a staging buffer")  # which is filled anew
             piece = source[start : start + STAGING_BYTES]
             staged = buffer[: piece.numel()]
             staged.copy_(piece)
@@ -147,10 +156,14 @@ class PinnedTier:
 
 def _map(nbytes: int) -> tuple[_Mapping, torch.Tensor]:
     length = align(max(nbytes, 1), mmap.PAGESIZE)
-    if hasattr(mmap, "MAP_PRIVATE"):
-        mapping = _Mapping(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    else:
-        mapping = _Mapping(-1, length)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    try:
+        mapping = _Mapping(-1, length, **private)
+    except (OSError, MemoryError) as error:
+        raise MemoryError(
+            f"the host has no {length} bytes for weights that leave the device ({error}): max_host_memory, or "
+            "components={...: 'resident'}, keeps more of them there"
+        ) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:  # 512 times fewer page faults while the weights move in
             mapping.madvise(mmap.MADV_HUGEPAGE)

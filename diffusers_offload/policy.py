@@ -72,7 +72,7 @@ def parse_bytes(name: str, value: int | str | None) -> int | None:
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise ValueError
         nbytes = convert_file_size_to_int(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # "infGiB"
         raise ValueError(f"{name}={value!r} is not a size; use bytes, or a string such as '10GiB'") from None
     if nbytes <= 0:
         raise ValueError(f"{name}={value!r} is not positive; use bytes, or a string such as '10GiB'")

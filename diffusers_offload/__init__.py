@@ -21,15 +21,26 @@ from ._install import install, uninstall
 
 if TYPE_CHECKING:
     from .handle import OffloadHandle
+    from .lightx2v import OffloadConfig
     from .pipeline import enable_block_offload
     from .planner import Plan
     from .policy import OffloadPolicy
     from .report import Report
 
 __version__ = "0.1.0"
-__all__ = ["OffloadHandle", "OffloadPolicy", "Plan", "Report", "enable_block_offload", "install", "uninstall"]
+__all__ = [
+    "OffloadConfig",
+    "OffloadHandle",
+    "OffloadPolicy",
+    "Plan",
+    "Report",
+    "enable_block_offload",
+    "install",
+    "uninstall",
+]
 
 _HOME = {
+    "OffloadConfig": "lightx2v",
     "OffloadHandle": "handle",
     "OffloadPolicy": "policy",
     "Plan": "planner",

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .handle import OffloadHandle, held_policy
+from .lightx2v import takes_config
 from .log import logger
 from .pipeline import _HANDLE, BlockOffloadMixin
 from .policy import Request, parse_request
@@ -68,6 +69,7 @@ def narrowed(request: Request, names: Iterable[str], base_name: Callable[[str], 
 class ModularOffloadMixin(BlockOffloadMixin):
     """The methods that `import diffusers_offload` gives every `ModularPipeline`."""
 
+    @takes_config
     @wraps(BlockOffloadMixin.enable_block_offload)
     def enable_block_offload(self, *args: Any, **kwargs: Any) -> None:
         _enable(self, args, kwargs, lambda asked: _nameable(self), str)
@@ -106,6 +108,7 @@ class ManagerOffloadMixin(BlockOffloadMixin):
     All pipelines that the manager serves then compute on the handle's device and tell it of a call's end.
     """
 
+    @takes_config
     @wraps(BlockOffloadMixin.enable_block_offload)
     def enable_block_offload(self, *args: Any, **kwargs: Any) -> None:
         if self._auto_offload_enabled:

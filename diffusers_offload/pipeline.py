@@ -6,6 +6,7 @@ anything is moved.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from .calls import engines_of, exclusively, guard_calls
 from .fitting import bytes_on, fit, limits_for
 from .handle import OffloadHandle, held_policy
 from .held import find_held
+from .lightx2v import OffloadConfig, takes_config
 from .log import logger
 from .policy import OffloadPolicy, Request, parse_bytes, parse_request
 from .quoting import quoted
@@ -31,6 +33,7 @@ _HANDLE = "_block_offload_handle"
 class BlockOffloadMixin:
     """The methods that `import diffusers_offload` gives every `DiffusionPipeline`."""
 
+    @takes_config
     def enable_block_offload(
         self,
         device: str | torch.device | None = None,
@@ -39,6 +42,7 @@ class BlockOffloadMixin:
         max_device_memory: int | str | None = None,
         max_host_memory: int | str | None = None,
         components: Mapping[str, str | OffloadPolicy] | None = None,
+        config: str | os.PathLike | Mapping[str, Any] | OffloadConfig | None = None,
     ) -> None:
         """Stream the weights of this pipeline to the device block by block while it computes.
 
@@ -62,8 +66,11 @@ class BlockOffloadMixin:
                 `offload_ratio` is None.
             max_host_memory: upper bound on the host memory that holds weights; more stays on the device.
             components: per component a word as above, or an `OffloadPolicy`.
+            config: LightX2V's configuration: the path of its JSON file, a dict, or an `OffloadConfig`. It stands for
+                the arguments above; those that are given as well win, `components` name by name.
 
         Raises:
+            TypeError: `config` is of another type.
             ValueError: an argument is wrong, nothing fits, or the pipeline is offloaded by other means already.
             RuntimeError: the device is not there.
         """

@@ -169,7 +169,6 @@ class OffloadHandle:
         """Give every component its weights back, on the devices they came from, and free all memory."""
         self.following = None
         self.let_go(list(self.holds.values()))
-        self._engine.streams.synchronize("the last copies")
         self._engine.streams.forget_workspaces()
         self._engine.streams.empty_cache()
         _live.discard(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import random
 from pathlib import Path
@@ -376,19 +377,47 @@ def failing(call: str, number: int, error: BaseException, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("call", "number"), [("open", 1), ("writev", 1), ("writev", 2), ("fsync", 1), ("close", 1), ("rename", 1)]
 )
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(file, monkeypatch, call, number, code):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(file, monkeypatch, call, number):
     before = file.path.read_bytes()
     true = os.writev
     monkeypatch.setattr(os, "writev", lambda handle, views: true(handle, [views[0][:3000]]))  # short writes
-    with monkeypatch.context() as patch:
-        failing(call, number, OSError(code, os.strerror(code)), patch)
-        with pytest.raises(
-            StoreError, match=rf"block\.safetensors could not be written: {os.strerror(code)}"
-        ):
-            blockfile.write(file.path, [part_of("new", {"w": noise((5000,))})])
-    assert [path.name for path in file.path.parent.iterdir()] == [file.path.name]
-    assert file.path.read_bytes() == before
+    for code in (errno.ENOSPC, errno.EIO, errno.EACCES):
+        with monkeypatch.context() as patch:
+            failing(call, number, OSError(code, os.strerror(code)), patch)
+            with pytest.raises(
+                StoreError, match=rf"block\.safetensors could not be written: {os.strerror(code)}"
+            ):
+                blockfile.write(file.path, [part_of("new", {"w": noise((5000,))})])
+        assert [path.name for path in file.path.parent.iterdir()] == [file.path.name]
+        assert file.path.read_bytes() == before
+
+
+def test_data_reach_the_disk_before_the_name_and_the_name_before_the_return(tmp_path, monkeypatch):
+    calls = []
+    for name in ("writev", "fsync", "rename"):
+        true = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, n=name, t=true: (calls.append(n), t(*given))[1])
+    blockfile.write(tmp_path / "block.safetensors", [part_of("b", {"w": noise((50,))})])
+    assert calls == ["writev", "fsync", "rename", "fsync"]
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no O_DIRECT here")
+def test_one_direct_read_fills_a_slab(tmp_path):
+    tensors = {"a": noise((7000,)), "b": noise((3,))}
+    parts = [part_of("p", {"x": noise((123,))}), part_of("q", tensors)]
+    part = blockfile.write(tmp_path / "block.safetensors", parts).parts[1]
+    try:
+        handle = os.open(part.stored.path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        pytest.skip("this file system has no O_DIRECT")
+    length = slab.align(part.stored.nbytes, PAGE)
+    memory = mmap.mmap(-1, length)
+    assert os.preadv(handle, [memory], part.stored.offset) == length
+    os.close(handle)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    blockfile.check(part.stored, buffer)
+    found = slab.views(part.layout, buffer)
+    assert [raw(tensor) for tensor in found] == [raw(tensor) for tensor in tensors.values()]
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(file, monkeypatch):

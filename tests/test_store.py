@@ -492,6 +492,8 @@ def test_readers_share_a_complete_store_and_keep_writers_out(tmp_path, filled):
         with pytest.raises(StoreError, match="while another process reads it"):
             first.put(BLOCKS[0], parts(BLOCKS[0], 1))
         assert holds(first, BLOCKS[0]) and holds(second, BLOCKS[0]) and first.complete
+        with pytest.raises(StoreError, match="while another process reads it"):
+            second.put(BLOCKS[0], parts(BLOCKS[0], 1))  # the first still reads, though it was refused
         second.close()
         first.put(BLOCKS[0], parts(BLOCKS[0], 1))
         refuses(tmp_path, "is being written by process")

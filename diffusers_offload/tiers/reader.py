@@ -30,7 +30,7 @@ class Reader:
     fail. To be called from any thread.
 
     Args:
-        workers: threads that read.
+        workers: threads that read at the same time; as many again stand in for those that compare a digest.
         timeout: seconds without a byte after which `Read.wait` gives up; also how long `close` waits.
         direct: read past the page cache where the file system allows it.
         system: calls of the operating system, for tests.

@@ -35,6 +35,7 @@ class Unit:
         weights: what moves.
         opener: the block from whose beginning some of the weights are used, or None.
         floats: it has no home in the arena but a buffer of its own each time it is loaded.
+        block: the path of the block that it is a part of; its own name where it is none.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Unit:
         weights: Weights,
         opener: torch.nn.Module | None = None,
         floats: bool = False,
+        block: str = "",
     ) -> None:
         self.name = name
+        self.block = block or name
         self.modules = tuple(modules)
         self.opener = opener
         self.opened = frozenset(id(t) for t in own_tensors(opener)) if opener is not None else frozenset()
@@ -92,6 +95,7 @@ class Component:
         self.stem: list[Unit] = []
         self.streamed: list[Unit] = []
         self.residents: list[Unit] = []
+        self.on_disk = False  # its weights are kept there while they are not on the device
         self.present = False  # the stem is on the device
         self.needs: list[Component] = []  # components whose stems hold tensors of this one as well
         self.depth = 0  # forwards under way

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,19 +30,29 @@ from .streams import Streams
 from .transfers import Transfers
 from .turns import Turns
 
+if TYPE_CHECKING:
+    from .policy import Storage
+    from .tiers.disk import DiskTier
+
 _EMPTY_CACHE_FROM = 64 * 2**20  # bytes worth a cudaFree once a component has left
 
 
 class Engine:
     """Moves the units of some components through one arena on one device."""
 
-    def __init__(self, streams: Streams, budget: DeviceBudget | None = None) -> None:
+    def __init__(
+        self,
+        streams: Streams,
+        budget: DeviceBudget | None = None,
+        storage: Storage | None = None,
+        host_limit: int | None = None,
+    ) -> None:
         self.streams = streams
         self.budget = budget
         self.device = streams.device
         self.counters = Counters(streams=streams)
         self.lock = RLock()  # held by one thread for a forward, a unit's use or a call of the pipeline
-        self._transfers = Transfers(streams, self.counters)
+        self._transfers = Transfers(streams, self.counters, storage, host_limit)
         self._stems = Stems(streams, self._transfers)
         self.homes = Homes(self._transfers.allocate, self._clear)
         self._learning = Learning(lambda unit: self._acquire(unit, opening=True), self._finish)
@@ -64,6 +74,11 @@ class Engine:
         self._using: list[Unit] = []  # whose forwards are under way, innermost last
         self._random: Any = None  # the generators' state when the outermost forward began
         self.suspended: set[torch.nn.Module] = set()  # components that are being edited, and must not run
+
+    @property
+    def disk(self) -> DiskTier | None:
+        """Where weights are kept on disk, if any may be."""
+        return self._transfers.disk
 
     @property
     def components(self) -> list[Component]:
@@ -339,6 +354,11 @@ class Engine:
         """
         if self.homes.lost:  # nothing would bound what is loaded
             return
+        disk = self._transfers.disk
+        if disk is not None:
+            disk.expect(
+                self.units[n].weights.host for n in islice(self.homes.order.upcoming(), len(self.units))
+            )
         ahead: set[int] = set()
         last = None
         for number in islice(self.homes.order.upcoming(), len(self.units)):
@@ -356,6 +376,8 @@ class Engine:
                 for other in in_the_way:
                     if other.state is State.IN_USE or other.number in ahead:
                         return
+                if disk is not None and not disk.is_ready(unit.weights.host):
+                    return
                 if not self._load_ahead(unit, in_the_way, current):
                     return
             elif unit.floats and unit.state is State.IN_USE and ahead:
@@ -408,7 +430,9 @@ class Engine:
         for unit in units:
             if unit.state in WAITING and unit.weights.note_edits():
                 self._drop(unit)
-            if unit.state is State.OFFLOADED and not unit.weights.is_intact():
+            # What is on disk is read from there, so an edit in place must get there.
+            edited = unit.component.on_disk and unit.state is State.OFFLOADED and unit.weights.note_edits()
+            if unit.state is State.OFFLOADED and (edited or not unit.weights.is_intact()):
                 self._transfers.take_over(unit)
 
     def _drop(self, unit: Unit) -> None:

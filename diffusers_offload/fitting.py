@@ -14,6 +14,8 @@ from .policy import STREAMING, Request
 from .report import size_text
 from .streams import Streams
 from .target import Target, make_plan
+from .tiers.cache import share_out
+from .tiers.disk import room_for
 from .units import tensors_of
 
 _ACTIVATIONS_SHARE = 0.2  # of the device, left to what computing needs where everything is to stay ...
@@ -104,18 +106,28 @@ def check(plan: Plan, limits: Limits) -> None:
 def _fit_host(
     route: Callable[[Request], list[Target]], request: Request, limit: int | None, device: torch.device
 ) -> tuple[Request, list[Target]]:
-    """Stream no more than the host may hold: the rest stays on the device."""
+    """Stream no more than the host may hold: the rest goes to disk, or stays on the device."""
     targets = route(request)
     plan = make_plan(targets, device)
-    if limit is None or plan.host_bytes <= limit:
+    if limit is None:
         return request, targets
-    free = [c for c in plan.components if c.policy == request.default and c.policy.streams]
+    pinned = request.default.tier == "pinned"
+    if plan.host_bytes > limit and pinned and request.tier is None and request.storage is not None:
+        request = replace(request, default=replace(request.default, tier="disk"))
+        targets = route(request)
+        plan = make_plan(targets, device)
+    if plan.host_bytes <= limit:
+        through = [unit.nbytes for c in plan.components if c.on_disk for unit in c.streamed]
+        share_out(limit - plan.host_bytes, list(map(room_for, through)))
+        return request, targets
+    free = [c for c in plan.components if c.policy == request.default and c.policy.streams and not c.on_disk]
     streamed = sum(component.streamed_bytes for component in free)
     room = limit - (plan.host_bytes - streamed)
     if not request.decides or room < 0 or not streamed:
         raise ValueError(
             f"max_host_memory={limit} is {size_text(plan.host_bytes - limit)} too little for what leaves the device. "
-            "Give more, or let more stay there: a smaller offload_ratio, 'resident' for some components"
+            "Give more, or an offload_dir for what does not fit, or let more stay on the device: a smaller "
+            "offload_ratio, 'resident' for some components"
         )
     request = replace(
         request, default=replace(request.default, ratio=request.default.ratio * room / streamed)

@@ -24,6 +24,7 @@ from .policy import Request
 from .report import GIB, Prediction, Report
 from .streams import open_streams
 from .target import Target, build_component, make_plan, owners_in
+from .tiers.disk import DiskMemory
 
 _PROGRESS_FROM = GIB  # bytes from which on moving takes long enough to show a progress bar
 
@@ -56,7 +57,9 @@ class OffloadHandle:
         self.following: Any = None
         self.plan = make_plan(targets, device)
         streams = open_streams(device)
-        self._engine = Engine(streams, DeviceBudget(limits.device, streams) if limits.device else None)
+        budget = DeviceBudget(limits.device, streams) if limits.device else None
+        for_disk = limits.host - self.plan.host_bytes if limits.host is not None else None
+        self._engine = Engine(streams, budget, request.storage, for_disk)
         self._held: dict[str, Held] = {}
         try:
             self.take_in(targets)
@@ -93,7 +96,8 @@ class OffloadHandle:
         transfer, stall = counters.times()
         units = [unit for component in self._engine.components for unit in component.units]
         hosts = [unit.weights.host for unit in units if unit.weights.host is not None]
-        budget = self._engine.budget
+        budget, disk = self._engine.budget, self._engine.disk
+        buffers = disk.held_bytes if disk is not None else 0
         return Report(
             forwards=counters.forwards,
             uses=counters.uses,
@@ -104,8 +108,11 @@ class OffloadHandle:
             shortages=counters.shortages,
             transfer_ms=transfer,
             stall_ms=stall,
-            host_bytes=sum(host.bytes.numel() for host in hosts),
+            host_bytes=sum(h.bytes.numel() for h in hosts if not isinstance(h, DiskMemory)) + buffers,
             pinned_bytes=sum(host.bytes.numel() for host in hosts if host.pinned),
+            disk=disk.report(sum(h.bytes.numel() for h in hosts if isinstance(h, DiskMemory)))
+            if disk
+            else None,
             predictions=self.predictions(),
             peak_bytes=max(budget.seen if budget else 0, self._engine.streams.peak()),
             arena_bytes=self._engine.arena.capacity,

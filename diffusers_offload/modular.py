@@ -63,7 +63,7 @@ def narrowed(request: Request, names: Iterable[str], base_name: Callable[[str], 
         called = name if name in request.by_name else base_name(name)
         if called in request.by_name:
             by_name[name] = request.by_name[called]
-    return Request(request.default, by_name)
+    return replace(request, by_name=by_name, decides=False)
 
 
 class ModularOffloadMixin(BlockOffloadMixin):
@@ -157,7 +157,12 @@ def _enable(
     arguments = given.arguments
     asked = arguments["components"]
     names = known(asked) if isinstance(asked, Mapping) else ()
-    request = parse_request(arguments["offload_granularity"], arguments["offload_ratio"], asked, names)
+    storage = parse_storage(
+        arguments["offload_dir"], arguments["num_disk_workers"], arguments["cache_policy"]
+    )
+    request = parse_request(
+        arguments["offload_granularity"], arguments["offload_ratio"], asked, names, arguments["tier"], storage
+    )
     present = owner._offloadable_modules()
     arguments["components"] = narrowed(request, present, base_name).by_name
     BlockOffloadMixin.enable_block_offload(*given.args, **given.kwargs)

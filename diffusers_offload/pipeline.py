@@ -20,7 +20,7 @@ from .handle import OffloadHandle, held_policy
 from .held import find_held
 from .lightx2v import OffloadConfig, takes_config
 from .log import logger
-from .policy import OffloadPolicy, Request, parse_bytes, parse_request
+from .policy import OffloadPolicy, Request, parse_bytes, parse_request, parse_storage
 from .quoting import quoted
 from .refusals import refuse_device_map
 from .routing import follow, plan_targets
@@ -41,6 +41,10 @@ class BlockOffloadMixin:
         offload_ratio: float | None = None,
         max_device_memory: int | str | None = None,
         max_host_memory: int | str | None = None,
+        tier: str | None = None,
+        offload_dir: str | os.PathLike | None = None,
+        num_disk_workers: int = 2,
+        cache_policy: str = "static",
         components: Mapping[str, str | OffloadPolicy] | None = None,
         config: str | os.PathLike | Mapping[str, Any] | OffloadConfig | None = None,
     ) -> None:
@@ -64,7 +68,16 @@ class BlockOffloadMixin:
                 long computing and copying do; what is left holds units of the component that runs, chosen so
                 that a forward is predicted to be the shortest. None: what the device has free, where
                 `offload_ratio` is None.
-            max_host_memory: upper bound on the host memory that holds weights; more stays on the device.
+            max_host_memory: upper bound on the host memory that holds weights. What does not fit goes to disk if
+                `offload_dir` is given, and stays on the device otherwise. With weights on disk it bounds the buffers
+                that they pass through and are kept in; None: half of what the machine has available.
+            tier: where weights are while they are not on the device: "pinned" host memory, or "disk". None:
+                host memory, unless `max_host_memory` is too little for it and there is an `offload_dir`.
+            offload_dir: folder for weights on disk: a sub-folder per component, one .safetensors file per block.
+                What is there from before is used again if it is the same, and kept when offloading is disabled.
+            num_disk_workers: threads that read.
+            cache_policy: what of the weights on disk host memory keeps: "static" (as much as fits, always the
+                same: best where units follow one another in a cycle), "fifo" or "lru".
             components: per component a word as above, or an `OffloadPolicy`.
             config: LightX2V's configuration: the path of its JSON file, a dict, or an `OffloadConfig`. It stands for
                 the arguments above; those that are given as well win, `components` name by name.
@@ -76,7 +89,8 @@ class BlockOffloadMixin:
         """
         device = find_device(device)
         modules = self._offloadable_modules()
-        request = parse_request(offload_granularity, offload_ratio, components, tuple(modules))
+        storage = parse_storage(offload_dir, num_disk_workers, cache_policy)
+        request = parse_request(offload_granularity, offload_ratio, components, tuple(modules), tier, storage)
         limit = parse_bytes("max_device_memory", max_device_memory)
         refuse_device_map(self)
         before = self.block_offload
@@ -171,13 +185,18 @@ def enable_block_offload(
     offload_ratio: float | None = None,
     max_device_memory: int | str | None = None,
     max_host_memory: int | str | None = None,
+    tier: str | None = None,
+    offload_dir: str | os.PathLike | None = None,
+    num_disk_workers: int = 2,
+    cache_policy: str = "static",
     name: str = "module",
 ) -> OffloadHandle:
     """Offload one module outside a pipeline.
 
     Args:
         module: any module; for "block" and "phase" it needs a `ModuleList` of blocks somewhere.
-        device, offload_granularity, offload_ratio, max_device_memory, max_host_memory: as for a pipeline.
+        device, offload_granularity, offload_ratio, max_device_memory, max_host_memory, tier, offload_dir,
+            num_disk_workers, cache_policy: as for a pipeline.
         name: what messages and the plan call it.
 
     Returns:
@@ -195,7 +214,8 @@ def enable_block_offload(
             f"name={quoted(name)} is not a string; use what messages and the plan shall call the module"
         )
     device = find_device(device)
-    request = parse_request(offload_granularity, offload_ratio, None, (name,))
+    storage = parse_storage(offload_dir, num_disk_workers, cache_policy)
+    request = parse_request(offload_granularity, offload_ratio, None, (name,), tier, storage)
     if held_policy(module) is not None:
         raise ValueError(f"{name} is offloaded already: disable its handle first")
     limits = limits_for(

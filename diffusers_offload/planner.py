@@ -62,6 +62,11 @@ class ComponentPlan:
         return sum(sizes[-1:]) + max(sum(sizes[-2:-1]), min(arena.LOOKAHEAD, sum(sizes[:-1])))
 
     @property
+    def on_disk(self) -> bool:
+        """Whether what leaves the device is on disk."""
+        return self.policy.tier == "disk"
+
+    @property
     def _floats(self) -> bool:
         return self.policy.granularity == "leaf"
 
@@ -86,7 +91,13 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        return sum(c.streamed_bytes + c.stem_bytes for c in self.components)
+        """Bytes of weights in host memory, without the buffers of those on disk."""
+        return sum(c.streamed_bytes + c.stem_bytes for c in self.components if not c.on_disk)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of weights on disk."""
+        return sum(c.streamed_bytes + c.stem_bytes for c in self.components if c.on_disk)
 
     def __str__(self) -> str:
         header = ("component", "policy", "streams", "stays", "comes and goes")
@@ -100,11 +111,12 @@ class Plan:
             )
             for component in self.components
         ]
+        disk = f", on disk {size_text(self.disk_bytes)}" if self.disk_bytes else ""
         notes = "".join(f"\n{c.name}: {c.note}" for c in self.components if c.note)
         return (
             f"{table(header, rows)}\n"
             f"arena {size_text(self.arena_bytes)}; weights on {self.device} at most "
-            f"{size_text(self.device_bytes)}, on the host {size_text(self.host_bytes)}{notes}"
+            f"{size_text(self.device_bytes)}, on the host {size_text(self.host_bytes)}{disk}{notes}"
         )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from .quoting import quoted
 
 GRANULARITIES = ("resident", "model", "block", "phase", "leaf")
 STREAMING = ("block", "phase", "leaf")  # of these, what comes in units, which take turns on the device
+TIERS = ("pinned", "disk")
+CACHE_POLICIES = ("static", "fifo", "lru")
 _MOST_BYTES = 2**63 - 1  # what torch counts sizes in
 
 
@@ -23,15 +27,19 @@ class OffloadPolicy:
         ratio: share of the units' bytes that streams, 0.0 to 1.0; the rest stays on the device, spread
             evenly over the order. Only with the granularities that stream.
 
+        tier: where the weights are while they are not on the device: "pinned" (host memory) or "disk".
+
     Raises:
-        ValueError: an unknown granularity, a ratio outside 0-1 or one that has no blocks to go with.
+        ValueError: an unknown granularity or tier, a ratio outside 0-1 or one that has no blocks to go with.
     """
 
     granularity: str = "block"
     ratio: float = 1.0
+    tier: str = "pinned"
 
     def __post_init__(self) -> None:
         check_granularity("granularity", self.granularity)
+        check_word("tier", self.tier, TIERS)
         object.__setattr__(self, "ratio", check_ratio("ratio", self.ratio))
         if self.ratio != 1.0 and not self.streams:
             raise ValueError(
@@ -47,11 +55,14 @@ class OffloadPolicy:
 
 def check_granularity(name: str, value: str) -> str:
     """`value` if it is a granularity; `name` is what the message calls it."""
+    return check_word(name, value, GRANULARITIES)
+
+
+def check_word(name: str, value: str, words: tuple[str, ...]) -> str:
+    """`value` if it is one of `words`; `name` is what the message calls it."""
     # Not everything can be looked up in a tuple: an array is compared element by element.
-    if not isinstance(value, str) or value not in GRANULARITIES:
-        raise ValueError(
-            f"{name}={quoted(value)} is not known; use one of {', '.join(map(repr, GRANULARITIES))}"
-        )
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"{name}={quoted(value)} is not known; use one of {', '.join(map(repr, words))}")
     return value
 
 
@@ -96,12 +107,55 @@ def parse_bytes(name: str, value: int | str | None) -> int | None:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """How weights are kept on disk.
+
+    Attributes:
+        directory: holds a folder per component and content.
+        workers: threads that read.
+        cache_policy: "static", "fifo" or "lru": what of it host memory keeps.
+    """
+
+    directory: Path
+    workers: int = 2
+    cache_policy: str = "static"
+
+
+def parse_storage(
+    offload_dir: str | os.PathLike | None, num_disk_workers: int, cache_policy: str
+) -> Storage | None:
+    """The arguments of the disk tier; None if there is no folder for it.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
+    if isinstance(num_disk_workers, bool) or not isinstance(num_disk_workers, int) or num_disk_workers < 1:
+        raise ValueError(
+            f"num_disk_workers={quoted(num_disk_workers)} is no number of threads; use 1 or more, 2 to 4 for most disks"
+        )
+    check_word("cache_policy", cache_policy, CACHE_POLICIES)
+    if offload_dir is None:
+        return None
+    if not isinstance(offload_dir, (str, os.PathLike)) or not str(offload_dir):
+        raise ValueError(
+            f"offload_dir={quoted(offload_dir)} is no path; use a folder with room for the weights"
+        )
+    if "\0" in str(offload_dir):
+        raise ValueError(
+            f"offload_dir={quoted(offload_dir)} cannot be a path; use a folder with room for the weights"
+        )
+    return Storage(Path(offload_dir).expanduser(), num_disk_workers, cache_policy)
+
+
+@dataclass(frozen=True)
 class Request:
     """One call of `enable_block_offload`: the policy of every component, and which were asked for by name."""
 
     default: OffloadPolicy
     by_name: Mapping[str, OffloadPolicy]
     decides: bool = False  # what of a component streams is left to us
+    storage: Storage | None = None  # of what is kept on disk
+    tier: str | None = None  # that was asked for; None: left to us
 
     def policy_for(self, component: str) -> OffloadPolicy:
         return self.by_name.get(component, self.default)
@@ -112,16 +166,21 @@ def parse_request(
     offload_ratio: float | None,
     components: Mapping[str, str | OffloadPolicy] | None,
     known: tuple[str, ...],
+    tier: str | None = None,
+    storage: Storage | None = None,
 ) -> Request:
     """Turn the arguments of `enable_block_offload` into a `Request`.
 
     Args:
         known: names of the pipeline's components that are modules.
+        storage: what `parse_storage` made of the arguments of the disk tier.
 
     Raises:
         ValueError: an argument is wrong; the message names it, its value and what to write instead.
     """
     default = OffloadPolicy(check_granularity("offload_granularity", offload_granularity))
+    if tier is not None:
+        default = replace(default, tier=check_word("tier", tier, TIERS))
     ratio = None
     if offload_ratio is not None:
         ratio = check_ratio("offload_ratio", offload_ratio)
@@ -143,11 +202,15 @@ def parse_request(
                 f"components names {quoted(name)}, which this pipeline does not have; "
                 f"its components are {', '.join(map(repr, known)) or 'none'}"
             )
-        by_name[name] = _parse_policy(name, wanted, ratio)
-    return Request(default, by_name, decides=default.streams and offload_ratio is None)
+        by_name[name] = _parse_policy(name, wanted, ratio, default.tier)
+    on_disk = [name for name, policy in by_name.items() if policy.tier == "disk"]
+    if storage is None and (default.tier == "disk" or on_disk):
+        what = f"components[{on_disk[0]!r}] has tier='disk'" if on_disk else "tier='disk'"
+        raise ValueError(f"{what}, which needs offload_dir: give a folder with room for the weights")
+    return Request(default, by_name, default.streams and offload_ratio is None, storage, tier)
 
 
-def _parse_policy(name: str, wanted: str | OffloadPolicy, ratio: float | None) -> OffloadPolicy:
+def _parse_policy(name: str, wanted: str | OffloadPolicy, ratio: float | None, tier: str) -> OffloadPolicy:
     if isinstance(wanted, OffloadPolicy):
         return wanted
     if not isinstance(wanted, str) or wanted not in GRANULARITIES:
@@ -155,4 +218,4 @@ def _parse_policy(name: str, wanted: str | OffloadPolicy, ratio: float | None) -
             f"components[{name!r}]={quoted(wanted)} is not known; use an OffloadPolicy "
             f"or one of {', '.join(map(repr, GRANULARITIES))}"
         )
-    return OffloadPolicy(wanted, 1.0 if ratio is None or wanted not in STREAMING else ratio)
+    return OffloadPolicy(wanted, 1.0 if ratio is None or wanted not in STREAMING else ratio, tier)

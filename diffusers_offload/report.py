@@ -30,6 +30,41 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class DiskReport:
+    """What the disk tier did.
+
+    Attributes:
+        stored_bytes: of weights on disk.
+        buffer_bytes: of host memory that they pass through and are kept in.
+        hits: loads of units that host memory had kept; `misses` those that were read for it.
+        evictions: units that gave way to others.
+        bytes_read: from disk, in `read_seconds` during which at least one thread was reading.
+        retries: reads that failed and were repeated.
+    """
+
+    stored_bytes: int
+    buffer_bytes: int
+    hits: int
+    misses: int
+    evictions: int
+    bytes_read: int
+    read_seconds: float
+    retries: int
+
+    def rows(self) -> list[tuple[str, str]]:
+        rate = f", {self.bytes_read / self.read_seconds / 1e9:.2f} GB/s" if self.read_seconds else ""
+        uses = self.hits + self.misses
+        return [
+            ("on disk", f"{size_text(self.stored_bytes)}, buffers {size_text(self.buffer_bytes)}"),
+            ("read from disk", f"{size_text(self.bytes_read)}{rate}"),
+            ("host cache", f"{self.hits / uses:.1%} of {uses} loads hit, {self.evictions} evictions")
+            if uses
+            else ("host cache", "not used yet"),
+            *([("reads repeated", f"{self.retries}")] if self.retries else []),
+        ]
+
+
+@dataclass(frozen=True)
 class Report:
     """One enablement in numbers, counted since it began or since `reset()`.
 
@@ -44,6 +79,7 @@ class Report:
         stall_ms: device time that units waited for their copy, None likewise.
         predictions: per component that a budget has measured, what a forward is predicted to take.
         host_bytes: bytes of host memory that hold weights; `pinned_bytes` of them are pinned.
+        disk: what the disk tier did, None if there is none.
         peak_bytes: most bytes of tensors on the device at once, as torch measures it (since its statistics
             were reset, or since a budget measured a forward, which resets them); 0 on the CPU.
         arena_bytes: bytes of the arena; `resident_bytes` those of weights that stay on the device.
@@ -60,6 +96,7 @@ class Report:
     stall_ms: float | None
     host_bytes: int
     pinned_bytes: int
+    disk: DiskReport | None
     predictions: Mapping[str, Prediction]
     peak_bytes: int
     arena_bytes: int
@@ -84,6 +121,7 @@ class Report:
             ("peak device memory", size_text(self.peak_bytes) if self.peak_bytes else "not counted"),
             ("arena", size_text(self.arena_bytes)),
             ("resident", size_text(self.resident_bytes)),
+            *(self.disk.rows() if self.disk is not None else []),
         ]
         for name, prediction in self.predictions.items():
             rows.append(

@@ -101,6 +101,9 @@ class Roster:
                 self._transfers.settle(unit)
                 yield unit
         moving = [unit for unit in units if unit not in residents]
+        if component.on_disk:
+            yield from self._transfers.disk.put(component, moving)
+            return
         # Closed, or its threads would live as long as the error that a failure ends in.
         with closing(self._transfers.tier.prepare([unit.nbytes for unit in moving])) as memory:
             for unit, host in zip(moving, memory, strict=True):
@@ -110,6 +113,8 @@ class Roster:
     def open_arena(self) -> None:
         """Give the streamed units of all components numbers, homes and an arena that holds them."""
         self.homes.open(self.components)
+        if self._transfers.disk is not None:
+            self._transfers.disk.assign(self.homes.units)
 
     def release(self, component: Component) -> None:
         """Give a component its weights back, on the devices they came from.
@@ -133,6 +138,8 @@ class Roster:
         )  # out of memory that is now free
         self.components.remove(component)
         self._forget(component)
+        if component.on_disk:
+            self._transfers.disk.release(component)
         if not any(other.streamed for other in self.components):
             self.homes.arena.buffer = None
         self.streams.empty_cache()

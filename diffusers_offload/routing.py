@@ -123,7 +123,7 @@ def make_target(name: str, module: nn.Module, request: Request, by_name: bool) -
         )
     if not anatomy.parts or (_is_autoencoder(module) and not by_name):
         note = "an autoencoder, run in tiles" if anatomy.parts else "no blocks found"
-        return Target(name, module, OffloadPolicy("model"), anatomy, note=note)
+        return Target(name, module, OffloadPolicy("model", tier=policy.tier), anatomy, note=note)
     return Target(
         name, module, policy, anatomy, choose_residents(anatomy, policy), flexible=name not in request.by_name
     )

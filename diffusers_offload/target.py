@@ -93,7 +93,7 @@ class Target:
         """The same component, with nothing that stays on the device."""
         policy = self.policy
         if not policy.streams:
-            policy = OffloadPolicy("block" if self.anatomy.parts else "model")
+            policy = replace(policy, granularity="block" if self.anatomy.parts else "model")
         policy = replace(policy, ratio=1.0) if policy.streams else policy
         return replace(self, policy=policy, residents=frozenset(), stays=False, note="")
 
@@ -121,6 +121,7 @@ def build_component(
         before: the component as it was: units of it that are still right are used again.
     """
     component = Component(target.name, target.module)
+    component.on_disk = target.policy.tier == "disk"
     everything = tensors_of(target.module)
     for tensor in everything:
         owner = owners.setdefault(id(tensor), component)
@@ -134,12 +135,13 @@ def build_component(
 
     def unit(role: str, name: str, tensors: Sequence[torch.Tensor], part: Part | None = None) -> Unit:
         modules, opener = (part.modules, part.opener) if part is not None else ((), None)
+        block = part.block if part is not None else name
         floats = target.policy.granularity == "leaf" and part is not None
         again = earlier.get((role, modules, opener, floats, tuple(map(id, tensors))))
         if again is not None:
-            again.name = name
+            again.name, again.block = name, block
             return again
-        return Unit(name, modules, Weights(tensors, writers), opener, floats)
+        return Unit(name, modules, Weights(tensors, writers), opener, floats, block)
 
     def pieces(role: str, tensors: Sequence[torch.Tensor]) -> list[Unit]:
         groups = chunks(own(tensors), STEM_CHUNK)

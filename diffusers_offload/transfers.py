@@ -7,7 +7,7 @@ users: the allocator reuses memory in the order of the stream, so it cannot hand
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,8 +16,12 @@ from .report import Counters
 from .slab import ALIGNMENT
 from .stopwatch import Stopwatch
 from .streams import Streams
+from .tiers.disk import DiskMemory, DiskTier
 from .tiers.pinned import PinnedTier
 from .weights import Weights
+
+if TYPE_CHECKING:
+    from .policy import Storage
 
 
 class Transfers:
@@ -26,10 +30,19 @@ class Transfers:
     Args:
         streams: the device's streams.
         counters: what is moved is counted there.
+        storage: where weights are kept on disk, if any are.
+        host_limit: bytes of host memory that these may take meanwhile.
     """
 
-    def __init__(self, streams: Streams, counters: Counters) -> None:
+    def __init__(
+        self,
+        streams: Streams,
+        counters: Counters,
+        storage: Storage | None = None,
+        host_limit: int | None = None,
+    ) -> None:
         self.tier = PinnedTier(streams)
+        self.disk = DiskTier(streams, storage, host_limit, self.tier) if storage is not None else None
         self._streams = streams
         self._counters = counters
         self.stopwatch: Stopwatch | None = None  # times what is loaded, while there is one
@@ -61,8 +74,12 @@ class Transfers:
             if counters.timing:
                 counters.depart(streams.load)
             began = self.stopwatch.departs(streams.load) if self.stopwatch is not None else None
-            self.tier.load(unit.weights.host, buffer)
+            host = unit.weights.host
+            on_disk = isinstance(host, DiskMemory)
+            (self.disk if on_disk else self.tier).load(host, buffer)
             unit.ready.record(streams.load)
+            if on_disk:
+                self.disk.loaded(host, unit.ready)
             counters.loaded(unit, streams.load)
             if began is not None:
                 self.stopwatch.copied(unit.nbytes, began, streams.load)
@@ -113,8 +130,11 @@ class Transfers:
     def take_over(self, unit: Unit) -> None:
         """Somebody gave the tensors other bytes (`tensor.data = ...`, `.to(dtype)`): these count now."""
         self._streams.synchronize(f"copies of {_path(unit)}, whose weights were replaced")
-        unit.weights = renewed(unit.weights)
-        unit.weights.move_to_host(self.tier.allocate(unit.weights.nbytes))
+        before, unit.weights = unit.weights.host, renewed(unit.weights)
+        if isinstance(before, DiskMemory):
+            self.disk.edit(unit, before)
+        else:
+            unit.weights.move_to_host(self.tier.allocate(unit.weights.nbytes))
 
 
 def _path(unit: Unit) -> str:

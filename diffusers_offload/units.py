@@ -40,12 +40,14 @@ class Part:
         tensors: what moves.
         opener: the block that holds some of the tensors itself, so that they are in use from the beginning
             of its forward; None if there is none.
+        block: the path of the block that it is a part of, or its own.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
     tensors: tuple[torch.Tensor, ...]
     opener: nn.Module | None = None
+    block: str = ""
 
 
 @dataclass(frozen=True)
@@ -205,10 +207,12 @@ def _divide(
             elif key in why or holder.setdefault(key, index) != index:
                 why.setdefault(key, "shared")
     parts = []
+    names = {id(each): name for name, each in module.named_modules()}
     for draft in drafts:
         tensors = tuple(t for t in draft.tensors() if _identity(t) not in why)
         if tensors:
-            parts.append(Part(draft.name, draft.modules, tensors, draft.opener))
+            block = names[id(draft.block)] if draft.block is not None else draft.name
+            parts.append(Part(draft.name, draft.modules, tensors, draft.opener, block))
     moving = {id(tensor) for part in parts for tensor in part.tensors}
     stem = tuple(t for t in tensors_of(module) if id(t) not in moving)
     return Anatomy(tuple(parts), stem, tuple(why[_identity(t)] for t in stem))

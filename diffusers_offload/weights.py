@@ -47,10 +47,20 @@ class Weights:
         self._counting = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self._versions: list[int] = []
 
-    def move_to_host(self, host: HostMemory) -> None:
-        """Copy the tensors from where they are into `host` and let go of where they were."""
-        slab.gather(self.layout, self.tensors, host.bytes)
-        self.host, self.moved = host, True
+    def move_to_host(self, host: HostMemory, filled: bool = False) -> None:
+        """Copy the tensors from where they are into `host` and let go of where they were.
+
+        Args:
+            filled: it holds them already.
+        """
+        if not filled:
+            slab.gather(self.layout, self.tensors, host.bytes)
+        self.moved = True
+        self.stay_on_host(host)
+
+    def stay_on_host(self, host: HostMemory) -> None:
+        """Take the tensors as they lie: `host` holds them in the order of the layout, and goes on doing so."""
+        self.host = host
         self._host_views = slab.views(self.layout, host.bytes)
         self._point_at(self._host_views)
         self._host_addresses = [tensor.data_ptr() for tensor in self.tensors]

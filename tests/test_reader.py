@@ -5,8 +5,10 @@ import fcntl
 import hashlib
 import os
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from disks import (  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusers_offload.tiers import workers as workers_module
 from diffusers_offload.tiers.blockfile import Stored
 from diffusers_offload.tiers.descriptors import Descriptors, System
 from diffusers_offload.tiers.pieces import Destination, cut, reach
@@ -307,3 +310,39 @@ def test_several_workers_fill_one_unit(tmp_path):
         gate.let()
         read.wait()
     assert target[: stored.nbytes].numpy().tobytes() == data
+
+
+def test_no_more_workers_read_at_once_than_were_asked_for(tmp_path):
+    gate = Gate()
+    units = [store(tmp_path, 100, f"unit{n}")[0] for n in range(6)]
+    with Reader(2, system=System(read=gate.read)) as reader:
+        reads = [reader.request(stored, memory(100), n) for n, stored in enumerate(units)]
+        for begun in range(2, 7):
+            until(lambda begun=begun: len(gate.places) == begun)
+            time.sleep(0.01)
+            assert len(gate.places) == begun
+            gate.let(1)
+        gate.let()
+        for read in reads:
+            read.wait()
+
+
+def test_the_disk_does_not_stand_still_while_digests_are_compared(tmp_path, monkeypatch):
+    hashing = threading.Event()
+
+    def blake2b(**kwargs):
+        assert hashing.wait(20)
+        return hashlib.blake2b(**kwargs)
+
+    monkeypatch.setattr(workers_module, "hashlib", SimpleNamespace(blake2b=blake2b))
+    units = [store(tmp_path, 2 * PIECE, name) for name in "ab"]
+    targets = [memory(2 * PIECE) for _ in units]
+    with Reader(1) as reader:
+        reads = [reader.request(stored, target) for (stored, _), target in zip(units, targets, strict=True)]
+        until(lambda: reader.counters.bytes_read == 4 * PIECE)
+        assert not any(read.settled for read in reads)
+        hashing.set()
+        for read in reads:
+            read.wait()
+    for target, (_, data) in zip(targets, units, strict=True):
+        assert target.numpy().tobytes() == data

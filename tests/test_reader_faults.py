@@ -233,7 +233,7 @@ def test_a_worker_killed_without_a_word_is_noticed(tmp_path, monkeypatch):
         monkeypatch.setattr(type(reader._workers), "_leave", lambda self, worker: None)
         target = memory(stored.nbytes)
         read = reader.request(stored, target, 0)
-        until(lambda: not reader._workers._workers[0].thread.is_alive())
+        until(lambda: not all(worker.thread.is_alive() for worker in reader._workers._workers))
         monkeypatch.undo()
         monkeypatch.setattr(module, "PIECE", PIECE)
         read.wait()

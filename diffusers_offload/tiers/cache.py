@@ -71,6 +71,7 @@ class Cache:
 
     def assign(self, sizes: Mapping[Hashable, int]) -> None:
         """From now on these are the units, in order of use; what is held and not chosen gives way when it must."""
+        self.sizes = dict(sizes)
         keys = list(sizes)
         stay = choose_static([sizes[key] for key in keys], self.capacity) if self.policy == "static" else ()
         self.chosen = frozenset(keys[at] for at in stay)
@@ -84,6 +85,14 @@ class Cache:
         if self.policy == "lru":
             self._held[key] = self._held.pop(key)
         return True
+
+    def missed(self) -> None:
+        """A unit is used that was not held, though it is by now. Counted."""
+        self._misses += 1
+
+    def count_on(self, counters: CacheCounters) -> None:
+        """Go on counting from where another cache was."""
+        self._hits, self._misses, self._evictions = counters.hits, counters.misses, counters.evictions
 
     def admit(self, key: Hashable, nbytes: int) -> tuple[Hashable, ...] | None:
         """Hold a unit from now on, as far as that is possible.

@@ -8,7 +8,6 @@ remaining units pass through.
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
 from collections import defaultdict
@@ -16,16 +15,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 
 from .. import slab
+from ..report import DiskReport
 from . import blockfile
 from .blockfile import Part, Stored
-from .cache import Cache, CacheCounters, share_out
+from .cache import Cache, share_out
 from .header import PAGE
 from .pinned import HostMemory, PinnedTier
-from .reader import Read, Reader, ReaderCounters
+from .reader import Read, Reader
 from .store import Store, file_name, identity_of
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class DiskTier:
                 unit.weights.stay_on_host(mapped)
                 yield unit
             else:
-                blocks[unit.block or unit.name].append(unit)
+                blocks[unit.block].append(unit)
         if not blocks:
             return
         # Weights are known by what they are, not by what they are called: so all are looked at before one is written.
@@ -129,17 +130,22 @@ class DiskTier:
                 shutil.rmtree(store.folder, ignore_errors=True)
             raise
 
-    def edit(self, unit: Unit) -> None:
-        """Write a unit's weights, which are others than the model's now, to a file of this process's own."""
+    def edit(self, unit: Unit, before: DiskMemory) -> None:
+        """Write a unit's weights, which are others than the model's now, to a file of this process's own.
+
+        Args:
+            before: where they were.
+        """
         component, names = unit.component, _names(unit.component.module)
-        members = [u for u in component.units if (u.block or u.name) == (unit.block or unit.name)]
+        members = [u for u in component.units if u.block == unit.block]
         members = [u for u in members if u is unit or isinstance(u.weights.host, DiskMemory)]
-        self.forget(unit)
+        self._forget(before)
         for store in reversed(self._stores[component]):
-            if (unit.block or unit.name) in store.blocks():
-                file = store.edit(unit.block or unit.name, [_part(each, names) for each in members])
+            if unit.block in store.blocks():
+                file = store.edit(unit.block, [_part(each, names) for each in members])
                 stored = next(part.stored for part in file.parts if part.name == unit.name)
                 unit.weights.move_to_host(map_part(stored), filled=True)
+                self._cache.sizes[unit.weights.host.key] = room_for(unit.nbytes)
                 return
         unit.weights.move_to_host(self._pinned.allocate(unit.nbytes))
 
@@ -148,10 +154,9 @@ class DiskTier:
         for store in self._stores.pop(component, ()):
             store.close()
 
-    def forget(self, unit: Unit) -> None:
-        """What the host holds of the unit is of no use any more."""
-        host = unit.weights.host
-        buffer = self._lying.pop(host.key, None) if isinstance(host, DiskMemory) else None
+    def _forget(self, host: DiskMemory) -> None:
+        """What the host holds of a unit is of no use any more."""
+        buffer = self._lying.pop(host.key, None)
         if buffer is not None:
             self._quiet(buffer)
             self._drop(host.key, buffer)
@@ -186,9 +191,19 @@ class DiskTier:
         buffers = [buffer.memory for buffer in self._lying.values()]
         return sum(memory.bytes.numel() for memory in (*buffers, *self._slots, *self._spare))
 
-    @property
-    def counters(self) -> tuple[CacheCounters, ReaderCounters | None]:
-        return self._cache.counters, self._reader.counters if self._reader is not None else None
+    def report(self, stored_bytes: int) -> DiskReport:
+        """What was done so far, for `stored_bytes` of weights."""
+        cache, reader = self._cache.counters, self._reader.counters if self._reader is not None else None
+        return DiskReport(
+            stored_bytes=stored_bytes,
+            buffer_bytes=self.held_bytes,
+            hits=cache.hits,
+            misses=cache.misses,
+            evictions=cache.evictions,
+            bytes_read=reader.bytes_read if reader else 0,
+            read_seconds=reader.seconds if reader else 0.0,
+            retries=reader.retries if reader else 0,
+        )
 
     def expect(self, coming: Iterable[HostMemory | None]) -> None:
         """Read ahead: these are used next, in this order, as far as there is room."""
@@ -247,7 +262,7 @@ class DiskTier:
         """Begin to read a unit, to be used at the `when`-th load; None if there is no room for it now."""
         buffer = self._room(host)
         if buffer is not None:
-            self._cache.wanted(host.key) if not buffer.kept else self._cache.missed()
+            self._cache.missed()
             self._begin(host, buffer, when)
         return buffer
 
@@ -322,24 +337,29 @@ class DiskTier:
 
 # --- mappings -----------------------------------------------------------------------------------------------
 
-_mapped: dict[int, tuple[int, DiskMemory]] = {}  # by a mapping's first address: how long it is, and what it is
+_files: WeakValueDictionary[tuple[Path, int, int], torch.Tensor] = WeakValueDictionary()
 
 
 def map_part(stored: Stored) -> DiskMemory:
     """A private mapping of a part's bytes: writing to it changes this process's copy alone."""
     with blockfile.opened(stored.path) as handle:
-        length = stored.nbytes or PAGE
-        mapping = mmap.mmap(
-            handle, length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=stored.offset
-        )
-    with torch.inference_mode(False):
-        view = torch.frombuffer(mapping, dtype=torch.uint8)[: stored.nbytes]
+        status = os.fstat(handle)
+    key = stored.path, status.st_ino, status.st_mtime_ns
+    file = _files.get(key)
+    if file is None:
+        with torch.inference_mode(False):
+            file = torch.from_file(str(stored.path), shared=False, size=status.st_size, dtype=torch.uint8)
+        _files[key] = file
+    view = file[stored.offset : stored.offset + stored.nbytes]
+    view.of_file = file  # or nobody would remember the mapping for the file's other parts
     return DiskMemory(view, False, stored)
 
 
 def mapped_already(weights: Any) -> DiskMemory | None:
     """Where the tensors look, if that is a part of a block file with just this layout."""
-    storages = {tensor.untyped_storage().data_ptr() for tensor in weights.tensors if tensor.device.type == "cpu"}
+    storages = {
+        tensor.untyped_storage().data_ptr() for tensor in weights.tensors if tensor.device.type == "cpu"
+    }
     found = _parts_of_models.get(next(iter(storages))) if len(storages) == 1 else None
     if found is None or not _looks_at(weights.tensors, found):
         return None
@@ -362,7 +382,10 @@ def _looks_at(tensors: Sequence[torch.Tensor], part: MappedPart) -> bool:
     base = part.memory.bytes.data_ptr()
     places = part.layout.placements
     return len(tensors) == len(places) and all(
-        t.data_ptr() == base + p.offset and t.dtype == p.dtype and tuple(t.shape) == p.shape and t.stride() == p.stride
+        t.data_ptr() == base + p.offset
+        and t.dtype == p.dtype
+        and tuple(t.shape) == p.shape
+        and t.stride() == p.stride
         for t, p in zip(tensors, places, strict=True)
     )
 

@@ -30,7 +30,7 @@ class Reader:
     fail. To be called from any thread.
 
     Args:
-        workers: threads that read.
+        workers: threads that read at the same time; as many again stand in for those that compare a digest.
         timeout: seconds without a byte after which `Read.wait` gives up; also how long `close` waits.
         direct: read past the page cache where the file system allows it.
         system: calls of the operating system, for tests.
@@ -104,6 +104,11 @@ class Read:
     def settled(self) -> bool:
         """Whether the outcome is known; the destination then belongs to the caller again."""
         return self._held == 0 and (self._arrived or self._failure is not None)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the unit will not arrive; `wait` says why."""
+        return self._failure is not None
 
     def hurry(self, distance: int) -> None:
         """The unit is needed sooner than was thought; a larger distance changes nothing."""

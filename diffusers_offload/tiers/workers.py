@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _HASHED = 16 * 2**20  # bytes hashed at once: between two of these a read can be cancelled
 _PAUSES = (0.02, 0.1, 0.5)  # seconds before each further attempt after an error
+_THREADS = 2  # for each that may read at a time: a disk should not stand still while digests are compared
 _DEATHS = 3  # workers that may die on one read before it is given up
 _POLL = 0.5  # seconds between two looks at whether the workers live
 _CLOSED = ("the reader was closed", "enable offloading again")
@@ -52,7 +53,7 @@ class _Task:
     start: int
     stop: int
     arrived: bool = False  # its bytes have; what is left is to compare the digest
-    clocked: bool = True  # it counts as reading
+    reads: bool = True  # as opposed to comparing the digest, or being over
 
     def __str__(self) -> str:
         what = "comparing the digest of" if self.arrived else f"reading bytes {self.start} to {self.stop} of"
@@ -95,7 +96,7 @@ class Workers:
         self._requests = self._hired = 0
         self._verified: dict[Stored, Identity] = {}
         self._counted = dict.fromkeys(ReaderCounters.__dataclass_fields__, 0)
-        self._reading, self._reading_since = 0, 0.0  # workers that are reading, and since when some are
+        self._reading_since = 0.0  # when the first of the workers that are reading began
 
     # --- the callers' side ----------------------------------------------------------------------------
 
@@ -155,7 +156,7 @@ class Workers:
 
     def counters(self) -> ReaderCounters:
         with self._changed:
-            under_way = monotonic() - self._reading_since if self._reading else 0.0
+            under_way = monotonic() - self._reading_since if self._reading() else 0.0
             return ReaderCounters(**{**self._counted, "seconds": self._counted["seconds"] + under_way})
 
     # --- the workers' side ----------------------------------------------------------------------------
@@ -173,19 +174,18 @@ class Workers:
 
     def _take(self, worker: _Worker) -> bool:
         with self._changed:
-            while not self._queue:
+            while not self._queue or self._reading() >= self._count:
                 if self._stopping:
                     return False
                 self._changed.wait()
             read = min(self._queue, key=lambda each: (each.distance, each._number))
+            if not self._reading():
+                self._reading_since = monotonic()
             worker.task, worker.since = _Task(read, *read._pending[0]), monotonic()
             read._pending.popleft()
             read._held += 1
             if not read._pending:
                 self._queue.remove(read)
-            if self._reading == 0:
-                self._reading_since = monotonic()
-            self._reading += 1
             return True
 
     def _perform(self, worker: _Worker) -> None:
@@ -236,7 +236,10 @@ class Workers:
             self._rest(task)
             task.read._seen |= seen
             task.read._left -= 1
-            return task.read._left == 0 and task.read._failure is None
+            last = task.read._left == 0 and task.read._failure is None
+            if last and self._queue:
+                self._changed.notify_all()  # while this one compares the digest, another reads
+            return last
 
     def _verify(self, read: Read) -> None:
         """Compare the unit's digest, unless this very file has been found right before."""
@@ -260,9 +263,9 @@ class Workers:
 
     def _finish(self, worker: _Worker, failure: DiskReadError | None) -> None:
         with self._changed:
-            task, worker.task = worker.task, None
-            read = task.read
+            task, read = worker.task, worker.task.read
             self._rest(task)
+            worker.task = None
             read._held -= 1
             if failure is not None:
                 self._counted["failures"] += read._failure is None
@@ -275,11 +278,14 @@ class Workers:
 
     def _rest(self, task: _Task) -> None:
         """The task does not read any longer."""
-        if task.clocked:
-            task.clocked = False
-            self._reading -= 1
-            if self._reading == 0:
+        if task.reads:
+            task.reads = False
+            if not self._reading():
                 self._counted["seconds"] += monotonic() - self._reading_since
+
+    def _reading(self) -> int:
+        """How many workers read now."""
+        return sum(worker.task is not None and worker.task.reads for worker in self._workers)
 
     # --- who works ------------------------------------------------------------------------------------
 
@@ -287,7 +293,7 @@ class Workers:
         """See to it that all workers live."""
         for worker in [each for each in self._workers if not each.thread.is_alive()]:
             self._bury(worker, None)
-        while len(self._workers) < self._count and not self._stopping:
+        while len(self._workers) < self._count * _THREADS and not self._stopping:
             self._hired += 1
             worker = _Worker(f"disk worker {self._hired}")
             worker.thread = Thread(target=self.serve, args=(worker,), name=worker.name, daemon=True)

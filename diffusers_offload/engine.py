@@ -428,11 +428,13 @@ class Engine:
         Those replaced (`weight.data = ...`) get new host memory; those loaded ahead are loaded again.
         """
         for unit in units:
-            if unit.state in WAITING and unit.weights.note_edits():
+            waits, offloaded = unit.state in WAITING, unit.state is State.OFFLOADED
+            edited = (waits or (offloaded and unit.component.on_disk)) and unit.weights.note_edits()
+            if waits and edited:
                 self._drop(unit)
             # What is on disk is read from there, so an edit in place must get there.
-            edited = unit.component.on_disk and unit.state is State.OFFLOADED and unit.weights.note_edits()
-            if unit.state is State.OFFLOADED and (edited or not unit.weights.is_intact()):
+            lost = edited and unit.component.on_disk
+            if unit.state is State.OFFLOADED and (lost or not unit.weights.is_intact()):
                 self._transfers.take_over(unit)
 
     def _drop(self, unit: Unit) -> None:

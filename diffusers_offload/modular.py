@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 from weakref import WeakSet
@@ -19,7 +20,7 @@ from .handle import OffloadHandle, held_policy
 from .lightx2v import takes_config
 from .log import logger
 from .pipeline import _HANDLE, BlockOffloadMixin
-from .policy import Request, parse_request
+from .policy import Request, parse_request, parse_storage
 from .routing import check_exchange, follow
 
 _SIGNATURE = inspect.signature(BlockOffloadMixin.enable_block_offload)

@@ -182,7 +182,8 @@ class Roster:
 
     def _take_edits(self, component: Component) -> None:
         for unit in [*component.stem, *component.streamed]:
-            if not unit.weights.is_intact():
+            edited = component.on_disk and unit.weights.note_edits()
+            if edited or not unit.weights.is_intact():
                 self._transfers.take_over(unit)
         for unit in component.residents:
             unit.weights = renewed(unit.weights)

@@ -32,6 +32,10 @@ class Clock:
             if tick > self.ticks.get(agent, 0):
                 self.ticks[agent] = tick
 
+    def knows(self, other: Clock) -> bool:
+        """Whether all of `other` comes before."""
+        return all(self.ticks.get(agent, 0) >= tick for agent, tick in other.ticks.items())
+
     def step(self, agent: int) -> int:
         self.ticks[agent] = tick = self.ticks.get(agent, 0) + 1
         return tick

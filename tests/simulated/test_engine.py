@@ -65,6 +65,26 @@ def test_a_pipeline_whose_work_is_late(name, seed):
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("memory", [None, "1100KiB"])
+def test_weights_on_disk(memory, granularity, tmp_path):
+    pipe = build("flux")
+    expected = run(pipe.to(DEVICE), "flux")
+    with THE.checked() as checker:
+        pipe.to("cpu").enable_block_offload(
+            device=DEVICE,
+            offload_ratio=1.0,
+            offload_granularity=granularity,
+            tier="disk",
+            offload_dir=tmp_path,
+            max_host_memory=memory,
+        )
+        for _ in range(2):
+            assert torch.equal(run(pipe, "flux"), expected)
+        pipe.disable_block_offload()
+    assert not checker.races, checker.races[:3]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_calls_take_no_more_memory_than_the_first_ones(granularity):
     pipe = build("flux")
     pipe.enable_block_offload(device=DEVICE, offload_ratio=1.0, offload_granularity=granularity)

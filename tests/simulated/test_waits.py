@@ -5,6 +5,8 @@
 
 from collections import Counter
 from contextlib import contextmanager
+from functools import reduce
+from tempfile import TemporaryDirectory
 
 import odd_nets
 import pytest
@@ -108,6 +110,24 @@ class Pair(DiffusionPipeline):
         return self.second(self.first(x))
 
 
+def on_disk():
+    """Slots that are used in turn, and a unit whose weights are edited."""
+    with TemporaryDirectory() as folder:
+        net = small(count=8)
+        handle = diffusers_offload.enable_block_offload(
+            net, device=DEVICE, offload_ratio=1.0, tier="disk", offload_dir=folder, max_host_memory=5 * 8192
+        )
+        for _ in range(3):
+            net(torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE)).sum().cpu()
+        net.blocks[2].a.weight.mul_(2)
+        for _ in range(2):
+            net(torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE))
+        for order in ((5, 1, 6, 0, 3), (0, 4, 2, 7), (7, 1, 5, 6)):  # what comes is not what was read
+            net.run = lambda x, step, order=order: reduce(lambda x, i: net.blocks[i](x), order, x)
+            net(torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE))
+        handle.disable()
+
+
 def two_stems():
     """The second component's stem comes to where the first one's was."""
     pipe = Pair(small(), small())
@@ -125,6 +145,7 @@ WORK = [
     moved_back_to_the_device,
     edited_between_forwards,
     unpinned,
+    on_disk,
     two_stems,
     exchanged,
 ]

@@ -72,8 +72,8 @@ def _one(model: torch.nn.Module, handle: Any, case: Case, device: torch.device) 
         held.renew()
     held.target = replace(held.target, flexible=True)
     limit = engine.streams.available()
-    engine.budget = DeviceBudget(limit, engine.streams)
-    engine.follow(held.component, Choice())
+    engine.keeping.budget = DeviceBudget(limit, engine.streams)
+    engine.keeping.follow(held.component, Choice())
     gc.collect()
     torch.cuda.empty_cache()
     reset_device_peaks(device)
@@ -105,12 +105,12 @@ def _one(model: torch.nn.Module, handle: Any, case: Case, device: torch.device) 
     }
     room = component.kept_bytes + engine.homes.slack
     total = sum(unit.nbytes for unit in component.streamed)
-    engine.follow(component, Choice())
-    engine.budget = None
+    engine.keeping.follow(component, Choice())
+    engine.keeping.budget = None
     ratios = sorted({1.0, *(r / 20 for r in range(20) if total * (1 - r / 20) <= room * 1.02)})[:3]
     for ratio in {max(0.0, 1 - room / total), *ratios}:
         kept = choose_kept([unit.nbytes for unit in component.streamed], int(total * (1 - ratio)))
-        engine.follow(component, Choice(frozenset(component.streamed[i] for i in kept)))
+        engine.keeping.follow(component, Choice(frozenset(component.streamed[i] for i in kept)))
         handle.reset()
         for _ in range(2):
             forward()

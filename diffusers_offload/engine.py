@@ -9,7 +9,7 @@ Deciding is done elsewhere (`order`, `arena`, `budget`, `turns`), copying in `tr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from threading import RLock
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .arena import Arena
-from .budget import Choice, DeviceBudget
+from .budget import DeviceBudget
 from .component import WAITING, Component, State, Unit
 from .homes import Homes
+from .keeping import Keeping
 from .learning import Learning
 from .recovery import is_out_of_memory
 from .report import Counters
@@ -49,7 +50,6 @@ class Engine:
         host_limit: int | None = None,
     ) -> None:
         self.streams = streams
-        self.budget = budget
         self.device = streams.device
         self.counters = Counters(streams=streams)
         self.lock = RLock()  # held by one thread for a forward, a unit's use or a call of the pipeline
@@ -72,9 +72,15 @@ class Engine:
             withdraw=self._withdraw,
             forget=self._forget,
         )
+        self.keeping = Keeping(budget, streams, self.roster, self.homes, self._drop, self.prefetch)
         self._using: list[Unit] = []  # whose forwards are under way, innermost last
         self._random: Any = None  # the generators' state when the outermost forward began
         self.suspended: set[torch.nn.Module] = set()  # components that are being edited, and must not run
+
+    @property
+    def budget(self) -> DeviceBudget | None:
+        """What bounds the memory of the device, if anybody does."""
+        return self.keeping.budget
 
     @property
     def disk(self) -> DiskTier | None:
@@ -131,14 +137,8 @@ class Engine:
             if self.homes.lost and outermost:
                 self.homes.fit()
             self._bring(component)
-            if self.budget is not None and outermost:
-                self._contend(component)
-                choice = Choice()
-                if component.streamed:
-                    own = self.standing_bytes(component) + component.kept_bytes
-                    choice = self.budget.begin(component, shapes, own)
-                self.follow(component, choice)
-                self._transfers.stopwatch = self.budget.stopwatch
+            if outermost:
+                self._transfers.stopwatch = self.keeping.begin(component, shapes)
             if component.depth == 1:
                 self._notice_edits(component.streamed)
                 component.trace = []
@@ -164,13 +164,9 @@ class Engine:
                 self._learning.end(each, completed)
             if component.depth == 0 and component.trace and self.homes.learn(component):
                 self.prefetch()
-            if self.budget is not None and not self._stack and component.streamed:
+            if not self._stack:
                 self._transfers.stopwatch = None
-                if completed:
-                    choice = self.budget.end(component, self.weights_on_device(), self.homes.extra)
-                    self._try(component, choice)
-                else:
-                    self.budget.abandon()
+                self.keeping.end(component, completed)
         finally:
             if not self._stack:
                 caller, before, using = self._outside
@@ -199,23 +195,6 @@ class Engine:
         while len(self._using) > using:
             self.release(self._using[-1])
 
-    def _contend(self, component: Component) -> None:
-        """Components that alternate within a step and both keep units would only drop each other's."""
-        for other in self.components:
-            if other is not component and other.kept_bytes:
-                self.keep(other, ())
-                other.contended = component.contended = True
-
-    def _try(self, component: Component, choice: Choice) -> None:
-        """`follow`, as far as the device has the memory: it was promised by measurements alone."""
-        try:
-            self.follow(component, choice)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            self.budget.tighten()
-            self.follow(component, Choice())
-
     @property
     def busy(self) -> bool:
         """Whether a forward is under way."""
@@ -227,30 +206,6 @@ class Engine:
         with self.lock:
             if not component.depth:
                 self._bring(component)
-
-    def follow(self, component: Component, choice: Choice) -> None:
-        """Use the memory that `component` leaves as the budget has chosen."""
-        if choice.slack != self.homes.slack:
-            self.homes.slack = choice.slack
-            for unit in component.streamed:
-                unit.keeps = unit in choice.kept
-                if unit.borrows and not unit.keeps:
-                    self._drop(unit)
-            self.homes.fit()
-            self.streams.empty_cache()
-        self.keep(component, choice.kept)
-
-    def keep(self, component: Component, kept: Collection[Unit]) -> None:
-        """Of the units that stream, let these stay until the component leaves, and no others."""
-        if set(kept) == {unit for unit in component.streamed if unit.keeps}:
-            return
-        for unit in component.streamed:
-            unit.keeps = unit in kept
-            if unit.borrows and not unit.keeps:
-                self._drop(unit)
-        if component.homed:
-            self.homes.assign(component, component.order)
-        self.prefetch()
 
     def call_ended(self) -> None:
         """The pipeline's call is over: what came for it leaves."""
@@ -495,7 +450,7 @@ class Engine:
 
     def _may_stay(self, present: Component, coming: Component) -> bool:
         """Whether the stem of `present` stays while `coming` runs."""
-        together = self.standing_bytes(coming) + present.stem_bytes
+        together = self.keeping.standing_bytes(coming) + present.stem_bytes
         fits = self.budget is None or together <= self.budget.limit
         return fits and self._turns.alternate(present, coming)
 
@@ -514,8 +469,7 @@ class Engine:
 
     def _forget(self, component: Component) -> None:
         self._turns.forget(component)
-        if self.budget is not None:
-            self.budget.forget(component)
+        self.keeping.forget(component)
 
     def _withdraw(self, component: Component) -> None:
         """Everything of `component` that moves is on the host afterwards."""
@@ -529,13 +483,8 @@ class Engine:
         """Nothing is on the device that `running` does not need, but for residents; returns what that changed."""
         staying = (running, *running.needs)
         others = [c for c in self.components if c.present and not c.depth and c not in staying]
-        kept = [c for c in self.components if any(unit.keeps for unit in c.streamed)]
         self._leave(others)
-        for component in kept:
-            self.keep(component, set())
-        if kept and self.budget is not None:
-            self.budget.tighten()
-        return bool(others or kept)
+        return self.keeping.keep_nothing() or bool(others)
 
     def shrink_arena(self) -> bool:
         """From now on nothing is loaded before the unit before it is done; returns whether that is new."""
@@ -548,16 +497,3 @@ class Engine:
     def restore_random(self) -> None:
         """The generators are as they were when the last forward began."""
         self.streams.restore_random(self._random)
-
-    # --- bytes on the device --------------------------------------------------------------------------
-
-    def weights_on_device(self) -> int:
-        """Bytes of all weights that are on the device now, the whole arena included."""
-        stems = sum(c.stem_bytes for c in self.components if c.present)
-        own_buffers = sum(unit.nbytes for unit in self.units if unit.borrows)
-        residents = sum(c.resident_bytes for c in self.components)
-        return stems + own_buffers + residents + self.arena.capacity
-
-    def standing_bytes(self, component: Component) -> int:
-        """Weights on the device while `component` runs, but for what it keeps by way of the budget."""
-        return sum(c.resident_bytes for c in self.components) + self.arena.capacity + component.stem_bytes

@@ -127,7 +127,7 @@ class OffloadHandle:
 
     def weights_on_device(self) -> int:
         """Bytes of weights that are on the device now, the arena included."""
-        return self._engine.weights_on_device()
+        return self._engine.keeping.weights_on_device()
 
     def reset(self) -> None:
         """Count from zero again."""

@@ -123,7 +123,7 @@ class Held:
         budget, component, finer = self.engine.budget, self.component, self.target.finer()
         if finer is None or not component.streamed:
             return
-        weights = self.engine.standing_bytes(component)
+        weights = self.engine.keeping.standing_bytes(component)
         feared = self.target.policy.granularity == "block" and budget.may_be_exceeded_by(
             component, shapes, weights
         )

@@ -208,7 +208,7 @@ class Counting(InlineStreams):
         self._engine, self.activations, self.highest = engine, 0, 0
 
     def allocated(self):
-        return self._engine.weights_on_device() + self.activations
+        return self._engine.keeping.weights_on_device() + self.activations
 
     def look(self):
         self.highest = max(self.highest, self.allocated())

@@ -1,0 +1,129 @@
+"""Which streamed units stay on the device while their component runs: done here, decided by the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from .budget import Choice, DeviceBudget
+from .component import Component, Unit
+from .homes import Homes
+from .recovery import is_out_of_memory
+from .roster import Roster
+from .streams import Streams
+
+
+class Keeping:
+    """Lets units stay as a budget has chosen, and lets go of them when memory is short.
+
+    Args:
+        budget: decides; None where nobody has set a bound.
+        drop: frees a unit's bytes.
+        prefetch: queues what can be loaded next.
+    """
+
+    def __init__(
+        self,
+        budget: DeviceBudget | None,
+        streams: Streams,
+        roster: Roster,
+        homes: Homes,
+        drop: Callable[[Unit], None],
+        prefetch: Callable[[], None],
+    ) -> None:
+        self.budget = budget
+        self._streams = streams
+        self._roster = roster
+        self._homes = homes
+        self._drop = drop
+        self._prefetch = prefetch
+
+    def begin(self, component: Component, shapes: tuple) -> Any:
+        """An outermost forward of `component` begins; returns the stopwatch that is to time it, if one is.
+
+        Args:
+            shapes: of what the forward is given.
+        """
+        if self.budget is None:
+            return None
+        self._contend(component)
+        choice = Choice()
+        if component.streamed:
+            own = self.standing_bytes(component) + component.kept_bytes
+            choice = self.budget.begin(component, shapes, own)
+        self.follow(component, choice)
+        return self.budget.stopwatch
+
+    def end(self, component: Component, completed: bool) -> None:
+        """That forward is over."""
+        if self.budget is None or not component.streamed:
+            return
+        if not completed:
+            self.budget.abandon()
+            return
+        choice = self.budget.end(component, self.weights_on_device(), self._homes.extra)
+        try:
+            self.follow(component, choice)
+        except RuntimeError as error:  # the memory was promised by measurements alone
+            if not is_out_of_memory(error):
+                raise
+            self.budget.tighten()
+            self.follow(component, Choice())
+
+    def follow(self, component: Component, choice: Choice) -> None:
+        """Use the memory that `component` leaves as was chosen."""
+        if choice.slack != self._homes.slack:
+            self._homes.slack = choice.slack
+            self._mark(component, choice.kept)
+            self._homes.fit()
+            self._streams.empty_cache()
+        self.keep(component, choice.kept)
+
+    def keep(self, component: Component, kept: Collection[Unit]) -> None:
+        """Of the units that stream, let these stay until the component leaves, and no others."""
+        if set(kept) == {unit for unit in component.streamed if unit.keeps}:
+            return
+        self._mark(component, kept)
+        if component.homed:
+            self._homes.assign(component, component.order)
+        self._prefetch()
+
+    def keep_nothing(self) -> bool:
+        """No streamed unit stays any longer; returns whether that changed anything."""
+        keeping = [c for c in self._roster.components if any(unit.keeps for unit in c.streamed)]
+        for component in keeping:
+            self.keep(component, ())
+        if keeping and self.budget is not None:
+            self.budget.tighten()
+        return bool(keeping)
+
+    def weights_on_device(self) -> int:
+        """Bytes of all weights that are on the device now, the whole arena included."""
+        components = self._roster.components
+        stems = sum(c.stem_bytes for c in components if c.present)
+        own_buffers = sum(unit.nbytes for unit in self._homes.units if unit.borrows)
+        residents = sum(c.resident_bytes for c in components)
+        return stems + own_buffers + residents + self._homes.arena.capacity
+
+    def standing_bytes(self, component: Component) -> int:
+        """Weights on the device while `component` runs, but for what it keeps by way of the budget."""
+        residents = sum(c.resident_bytes for c in self._roster.components)
+        return residents + self._homes.arena.capacity + component.stem_bytes
+
+    def forget(self, component: Component) -> None:
+        """The component is here no longer."""
+        if self.budget is not None:
+            self.budget.forget(component)
+
+    def _mark(self, component: Component, kept: Collection[Unit]) -> None:
+        for unit in component.streamed:
+            unit.keeps = unit in kept
+            if unit.borrows and not unit.keeps:
+                self._drop(unit)
+
+    def _contend(self, component: Component) -> None:
+        """Components that alternate within a step and both keep units would only drop each other's."""
+        for other in self._roster.components:
+            if other is not component and other.kept_bytes:
+                self.keep(other, ())
+                other.contended = component.contended = True

@@ -188,7 +188,7 @@ def test_weights_on_the_device_never_exceed_the_budget(name, monkeypatch):
     def watched(self, *args, real=Engine.acquire):
         nonlocal most
         real(self, *args)
-        most = max(most, self.weights_on_device())
+        most = max(most, self.keeping.weights_on_device())
 
     monkeypatch.setattr(Engine, "acquire", watched)
     pipe = build(name)

@@ -356,9 +356,8 @@ class Engine:
             return
         disk = self._transfers.disk
         if disk is not None:
-            disk.expect(
-                self.units[n].weights.host for n in islice(self.homes.order.upcoming(), len(self.units))
-            )
+            coming = (self.units[n] for n in islice(self.homes.order.upcoming(), len(self.units)))
+            disk.expect(unit.weights.host if unit.state is State.OFFLOADED else None for unit in coming)
         ahead: set[int] = set()
         last = None
         for number in islice(self.homes.order.upcoming(), len(self.units)):

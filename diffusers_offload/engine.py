@@ -436,6 +436,14 @@ class Engine:
             if unit.state is State.OFFLOADED and (lost or not unit.weights.is_intact()):
                 self._transfers.take_over(unit)
 
+    def notice_silent_edits(self, component: Component) -> None:
+        """Before a call: weights on disk that were written to without a trace (`weight.data.add_()`) count, too."""
+        for unit in self.disk.silently_edited(component.streamed):
+            if unit.state in WAITING:
+                self._drop(unit)
+            if unit.state is State.OFFLOADED:
+                self._transfers.take_over(unit)
+
     def _drop(self, unit: Unit) -> None:
         """The bytes of `unit` are free for whatever `load` does next."""
         if unit.used:

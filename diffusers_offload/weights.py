@@ -117,6 +117,12 @@ class Weights:
         """Of tensors that `write_back` brought to the host."""
         return sum(self.tensors[i].nbytes for i in self._written)
 
+    def written_pages(self, size: int) -> set[int]:
+        """Of the host's pages of `size` bytes, the numbers of those that these tensors lie in."""
+        views = [self._host_views[i] for i in self._written]
+        spans = ((view.data_ptr(), view.data_ptr() + slab.span_of(view).nbytes) for view in views)
+        return {page for start, stop in spans for page in range(start // size, -(-stop // size))}
+
     def is_intact(self) -> bool:
         """Whether the unbound tensors still point at the host bytes: false after `tensor.data = ...`."""
         return self._host_addresses == [tensor.data_ptr() for tensor in self.tensors]

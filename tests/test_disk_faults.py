@@ -10,8 +10,10 @@ import torch
 from odd_nets import STEPS, Counts, Net, Plain
 
 import diffusers_offload
+from diffusers_offload.streams import InlineEvent
 from diffusers_offload.tiers.disk import DiskMemory, DiskTier, room_for
 from diffusers_offload.tiers.reader import DiskReadError
+from diffusers_offload.tiers.traces import private_bytes
 
 POLICIES = ("static", "fifo", "lru")
 ROOM = 8192  # of a block, as allocated
@@ -103,6 +105,31 @@ def test_host_memory_is_never_exceeded(policy, granularity, tmp_path, monkeypatc
         handle.disable()
 
 
+@pytest.mark.parametrize("policy", ["fifo", "lru"])
+def test_what_is_on_its_way_to_the_device_is_not_overwritten(policy, tmp_path, monkeypatch):
+    """A unit that hits is copied again: until that is done, it does not give way."""
+    net = net_of()
+    handle = on_disk(net, tmp_path, max_host_memory=5 * ROOM, cache_policy=policy)
+    outputs(net)
+    handle.call_ended()
+    tier, hosts = handle._engine.disk, [unit.weights.host for unit in handle._engine.units]
+    for buffer in tier._lying.values():
+        buffer.read.wait()
+        buffer.used, buffer.copied = True, InlineEvent()
+    tier._room(hosts[0])  # finds that all copies are done
+    held = [host for host in hosts if host.key in tier._cache and host.key in tier._lying]
+    destination = torch.empty(held[0].bytes.numel(), dtype=torch.uint8)
+    monkeypatch.setattr(InlineEvent, "query", lambda self: False)
+    for host in held:
+        tier.load(host, destination)
+        tier.loaded(host, InlineEvent())
+    for host in hosts:
+        if host.key not in tier._lying:
+            tier._fetch(host, 0)
+    assert held and all(host.key in tier._lying for host in held)
+    handle.disable()
+
+
 def test_slots_are_free_again_for_units_that_did_not_come(tmp_path):
     """Read ahead for a scene that changed: what was read waits no longer than until it is due."""
     first, second = net_of(), net_of()
@@ -182,6 +209,24 @@ def test_parts_of_a_block_are_edited_one_by_one(again, tmp_path):
     handle.disable()
     assert same(outputs(net), expected)
     assert not list(tmp_path.rglob("edited-*"))
+
+
+@pytest.mark.skipif(not private_bytes(), reason="the system does not tell")
+def test_edits_without_a_trace_count_from_the_next_call_on(tmp_path, device):
+    net = net_of(6)
+    net.blocks[0] = Counts()  # which writes to pages of its own mapping, and need not be written anew
+    twin = copy.deepcopy(net).to(device)
+    handle = on_disk(net, tmp_path, device)
+    assert same(outputs(net, device), outputs(twin, device))
+    for number in (2, 3, 2):
+        handle.call_ended()
+        for each in (net, twin):
+            each.blocks[number].b.weight.data.add_(1)
+            each.embed.weight.data.add_(1)
+        assert same(outputs(net, device), outputs(twin, device))
+    assert sum(1 for _ in tmp_path.rglob("edited-*")) == 2
+    assert same_weights(net, twin)
+    handle.disable()
 
 
 def test_two_models_with_the_same_weights_are_edited_apart(tmp_path):

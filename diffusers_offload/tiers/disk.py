@@ -8,6 +8,7 @@ remaining units pass through.
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 from collections import defaultdict
@@ -27,6 +28,7 @@ from .header import PAGE
 from .pinned import HostMemory, PinnedTier
 from .reader import Read, Reader
 from .store import Store, file_name, identity_of
+from .traces import private_bytes
 
 if TYPE_CHECKING:
     from ..component import Component, Unit
@@ -159,6 +161,17 @@ class DiskTier:
             self._cache.rename(before.key, host.key)
         elif unit in self._units:
             self._outgrown = True
+
+    def silently_edited(self, units: Iterable[Unit]) -> list[Unit]:
+        """Units whose bytes were written to by others than us, which the tensors may not have counted."""
+        private = private_bytes()
+        return [
+            unit
+            for unit in units
+            if isinstance(unit.weights.host, DiskMemory)
+            and private.get(unit.weights.host.bytes.untyped_storage().data_ptr(), 0)
+            > mmap.PAGESIZE * len(unit.weights.written_pages(mmap.PAGESIZE))
+        ]
 
     def pass_on(self, before: Component, after: Component) -> None:
         """`after` is the same module taken apart anew: some of its units are where those of `before` were."""

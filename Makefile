@@ -9,8 +9,10 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/diffusers-offload demo $(ARGS)
 
+# The simulated device stays registered in a process, so its tests have one of their own.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m pytest -n auto --dist worksteal tests/simulated)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

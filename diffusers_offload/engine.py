@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .policy import Storage
     from .tiers.disk import DiskTier
 
+_READ_AHEAD = 16  # units, as far as there is room for them on the host
 _EMPTY_CACHE_FROM = 64 * 2**20  # bytes worth a cudaFree once a component has left
 
 
@@ -356,7 +357,8 @@ class Engine:
             return
         disk = self._transfers.disk
         if disk is not None:
-            coming = (self.units[n] for n in islice(self.homes.order.upcoming(), len(self.units)))
+            numbers = islice(self.homes.order.upcoming(), min(_READ_AHEAD, len(self.units)))
+            coming = (self.units[number] for number in numbers)
             disk.expect(unit.weights.host if unit.state is State.OFFLOADED else None for unit in coming)
         ahead: set[int] = set()
         last = None

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -144,6 +145,7 @@ class OffloadConfig:
         if self.on_disk and given.get("tier", "disk") == "disk":
             arguments |= {
                 "tier": "disk",
+                "offload_dir": default_folder(),
                 "num_disk_workers": self.num_disk_workers,
                 "max_host_memory": self.max_memory_bytes,
             }
@@ -174,7 +176,14 @@ class OffloadConfig:
         parted = unit in STREAMING and role != AUTOENCODER and _has_parts(model, unit)
         if self.cpu_offload and not parted:
             return None  # comes and goes as a whole by itself
-        return OffloadPolicy(unit if parted else "model")
+        return OffloadPolicy(unit if parted else "model", tier="disk" if self.on_disk else "pinned")
+
+
+def default_folder() -> Path:
+    """Where weights go that are to be kept on disk: their keys name no folder. Beside Hugging Face's caches."""
+    from huggingface_hub.constants import HF_HOME  # as its environment variables say
+
+    return Path(HF_HOME) / "diffusers_offload"
 
 
 def takes_config(enable: Callable[..., None]) -> Callable[..., None]:
@@ -190,14 +199,7 @@ def takes_config(enable: Callable[..., None]) -> Callable[..., None]:
             return enable(self, **given)
         if not isinstance(config, OffloadConfig):
             config = OffloadConfig.from_lightx2v(config)
-        arguments = config.arguments(self, **given)
-        # Goes by itself once `enable_block_offload` has the arguments of the tier on disk.
-        if not signature.parameters.keys() >= arguments.keys():
-            key = "lazy_load" if config.lazy_load else "offload_to_disk"
-            raise ValueError(
-                f"{key}=True keeps weights on disk, and this version has no tier on disk: leave out {key}"
-            )
-        return enable(self, **arguments)
+        return enable(self, **config.arguments(self, **given))
 
     return with_config
 

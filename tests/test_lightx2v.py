@@ -1,6 +1,5 @@
 """LightX2V's configuration: its keys mean what they mean there."""
 
-import inspect
 import json
 from pathlib import Path
 
@@ -12,12 +11,11 @@ from modular import build as build_modular
 from modular import without_ftfy as without_ftfy
 
 from diffusers_offload import OffloadConfig, OffloadPolicy
-from diffusers_offload.pipeline import BlockOffloadMixin
+from diffusers_offload.lightx2v import default_folder
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "integrations" / "lightx2v").glob("*.json"))
 READ = OffloadConfig.from_lightx2v
-DISK_ARGUMENTS = {"tier", "num_disk_workers", "max_host_memory"}
-HAS_DISK = inspect.signature(BlockOffloadMixin.enable_block_offload).parameters.keys() >= DISK_ARGUMENTS
+DISK_ARGUMENTS = {"tier", "offload_dir", "num_disk_workers", "max_host_memory"}
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +92,7 @@ def test_either_key_keeps_weights_on_disk(flux, key):
     assert READ(config).arguments(flux) == {
         "offload_granularity": "block",
         "tier": "disk",
+        "offload_dir": default_folder(),
         "num_disk_workers": 4,
         "max_host_memory": 3 * 2**29,
         "components": {},
@@ -201,12 +200,14 @@ def test_what_is_wrong_changes_nothing(flux):
     flux.disable_block_offload()
 
 
-@pytest.mark.skipif(HAS_DISK, reason="there is a tier on disk")
 @pytest.mark.parametrize("key", ["lazy_load", "offload_to_disk"])
-def test_without_a_tier_on_disk_lazy_loading_is_refused(flux, key):
-    with pytest.raises(ValueError, match=rf"{key}=True .* no tier on disk"):
-        flux.enable_block_offload("cpu", config={"cpu_offload": True, key: True})
-    assert flux.block_offload is None
+def test_lazy_loading(key, tmp_path, device):
+    pipe = build("flux", device=device)
+    expected = run(pipe, "flux")
+    config = {"cpu_offload": True, key: True, "max_memory": "1100KiB", "offload_granularity": "phase"}
+    pipe.to("cpu").enable_block_offload(device, config=config, offload_dir=tmp_path)
+    assert torch.equal(run(pipe, "flux"), expected)
+    assert pipe.block_offload.plan.disk_bytes and list(tmp_path.rglob("*.safetensors"))
 
 
 # --- Modular Diffusers --------------------------------------------------------------------------------
@@ -240,14 +241,12 @@ def test_there_is_an_example_for_each_card():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", ["wan", "flux"])
-def test_the_examples_load_without_a_warning_and_run(path, name):
+def test_the_examples_load_without_a_warning_and_run(path, name, tmp_path):
     with warnings_of_ours() as warned:
         config = READ(path)
     assert not warned
     assert config.cpu_offload
-    if config.on_disk and not HAS_DISK:
-        return
     pipe = build(name)
     expected = run(pipe, name)
-    pipe.enable_block_offload("cpu", config=config)
+    pipe.enable_block_offload("cpu", config=config, offload_dir=tmp_path)
     assert torch.equal(run(pipe, name), expected)

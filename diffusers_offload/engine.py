@@ -312,8 +312,9 @@ class Engine:
             return
         disk = self._transfers.disk
         if disk is not None:
-            coming = islice(self.homes.order.upcoming(), min(_READ_AHEAD, len(self.units)))
-            disk.expect(self.units[number].weights.host for number in coming)
+            numbers = islice(self.homes.order.upcoming(), min(_READ_AHEAD, len(self.units)))
+            coming = (self.units[number] for number in numbers)
+            disk.expect(unit.weights.host if unit.state is State.OFFLOADED else None for unit in coming)
         ahead: set[int] = set()
         last = None
         for number in islice(self.homes.order.upcoming(), len(self.units)):
@@ -390,6 +391,14 @@ class Engine:
             # What is on disk is read from there, so an edit in place must get there.
             lost = edited and unit.component.on_disk
             if unit.state is State.OFFLOADED and (lost or not unit.weights.is_intact()):
+                self._transfers.take_over(unit)
+
+    def notice_silent_edits(self, component: Component) -> None:
+        """Before a call: weights on disk that were written to without a trace (`weight.data.add_()`) count, too."""
+        for unit in self.disk.silently_edited(component.streamed):
+            if unit.state in WAITING:
+                self._drop(unit)
+            if unit.state is State.OFFLOADED:
                 self._transfers.take_over(unit)
 
     def _drop(self, unit: Unit) -> None:

@@ -108,7 +108,7 @@ class OffloadHandle:
             shortages=counters.shortages,
             transfer_ms=transfer,
             stall_ms=stall,
-            host_bytes=sum(h.bytes.numel() for h in hosts if not isinstance(h, DiskMemory)) + buffers,
+            host_bytes=sum(map(_host_bytes, units)) + buffers,
             pinned_bytes=sum(host.bytes.numel() for host in hosts if host.pinned),
             disk=disk.report(sum(h.bytes.numel() for h in hosts if isinstance(h, DiskMemory)))
             if disk
@@ -266,6 +266,14 @@ class OffloadHandle:
     def _replan(self) -> None:
         if self._held:
             self.plan = self.plan_with((), ())
+
+
+def _host_bytes(unit: Unit) -> int:
+    """Of host memory that hold the unit's weights, apart from the disk tier's buffers."""
+    host = unit.weights.host
+    if isinstance(host, DiskMemory):
+        return unit.weights.written_bytes
+    return host.bytes.numel() if host is not None else 0
 
 
 _live: weakref.WeakSet[OffloadHandle] = weakref.WeakSet()

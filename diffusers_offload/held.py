@@ -96,6 +96,8 @@ class Held:
                 len({stray.unit for stray in self.component.strays}),
             )
             self.renew()
+        if self.component.on_disk:
+            self.engine.notice_silent_edits(self.component)
         self.component.checked = True
 
     @contextmanager

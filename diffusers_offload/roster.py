@@ -12,6 +12,7 @@ from .component import Component, State, Unit
 from .homes import Homes
 from .stems import Stems
 from .streams import Streams
+from .tiers.disk import DiskMemory
 from .transfers import Transfers, renewed
 
 
@@ -72,10 +73,16 @@ class Roster:
             if unit not in staying:
                 pairs = zip(unit.weights.tensors, unit.weights.origin, strict=True)
                 origin.update((id(tensor), where) for tensor, where in pairs)
+                if isinstance(
+                    unit.weights.host, DiskMemory
+                ):  # they look at their file, and may go on doing so
+                    continue
                 # By way of the host: where they came from may have no room for all of them.
                 unit.weights.origin = [torch.device("cpu")] * len(unit.weights.tensors)
                 unit.weights.restore()
         self.components[self.components.index(before)] = after
+        if before.on_disk:
+            self._transfers.disk.pass_on(before, after)
         for other in self.components:
             other.needs = [after if each is before else each for each in other.needs]
         fresh = [unit for unit in after.units if unit.component is not before]

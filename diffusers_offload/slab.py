@@ -29,6 +29,10 @@ class Span:
     start: int
     stop: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
 
 def overlap(a: Span, b: Span) -> bool:
     """Whether two spans share a byte."""

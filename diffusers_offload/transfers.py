@@ -77,6 +77,8 @@ class Transfers:
             host = unit.weights.host
             on_disk = isinstance(host, DiskMemory)
             (self.disk if on_disk else self.tier).load(host, buffer)
+            if on_disk:
+                unit.weights.renew_written()
             unit.ready.record(streams.load)
             if on_disk:
                 self.disk.loaded(host, unit.ready)
@@ -131,7 +133,7 @@ class Transfers:
         """Somebody gave the tensors other bytes (`tensor.data = ...`, `.to(dtype)`): these count now."""
         self._streams.synchronize(f"copies of {_path(unit)}, whose weights were replaced")
         before, unit.weights = unit.weights.host, renewed(unit.weights)
-        if isinstance(before, DiskMemory):
+        if unit.component.on_disk:
             self.disk.edit(unit, before)
         else:
             unit.weights.move_to_host(self.tier.allocate(unit.weights.nbytes))

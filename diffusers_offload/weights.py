@@ -46,6 +46,9 @@ class Weights:
         ]
         self._counting = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self._versions: list[int] = []
+        self._written: set[int] = (
+            set()
+        )  # tensors that units wrote to: the host's bytes are newer than a file's
 
     def move_to_host(self, host: HostMemory, filled: bool = False) -> None:
         """Copy the tensors from where they are into `host` and let go of where they were.
@@ -97,8 +100,28 @@ class Weights:
 
     def write_back(self, changed: Sequence[int]) -> None:
         """Queue, on the current stream, the copies of `changed` from the device to the host."""
+        self._written.update(changed)
         for i in changed:
             self._host_views[i].copy_(self._device_views[i], non_blocking=True)
+
+    def renew_written(self) -> None:
+        """Queue, on the current stream, the copies to the device of what `write_back` ever brought from there.
+
+        For who loads the rest from a file, which does not have it.
+        """
+        for i in self._written:
+            self._device_views[i].copy_(self._host_views[i], non_blocking=True)
+
+    @property
+    def written_bytes(self) -> int:
+        """Of tensors that `write_back` brought to the host."""
+        return sum(self.tensors[i].nbytes for i in self._written)
+
+    def written_pages(self, size: int) -> set[int]:
+        """Of the host's pages of `size` bytes, the numbers of those that these tensors lie in."""
+        views = [self._host_views[i] for i in self._written]
+        spans = ((view.data_ptr(), view.data_ptr() + slab.span_of(view).nbytes) for view in views)
+        return {page for start, stop in spans for page in range(start // size, -(-stop // size))}
 
     def is_intact(self) -> bool:
         """Whether the unbound tensors still point at the host bytes: false after `tensor.data = ...`."""
@@ -155,6 +178,7 @@ class Weights:
             self.moved = False
         self.place(None)
         self.host, self._host_views = None, []
+        self._written.clear()
 
     def _count_writes(self) -> list[int]:
         return [tensor._version for tensor in self._counting]

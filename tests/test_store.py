@@ -162,14 +162,23 @@ def test_identities_that_are_none_are_refused(tmp_path, identity):
 # --- edits while on disk ----------------------------------------------------------------------------------
 
 
+def lies(stored, part: Part) -> bool:
+    """Whether `stored` holds the bytes of `part`."""
+    blockfile.read(stored, torch.empty(stored.nbytes, dtype=torch.uint8))
+    return stored.digest == blockfile.digest_of(part)
+
+
 def test_edited_weights_are_served_here_and_never_as_the_models(tmp_path, filled):
-    with Store(tmp_path, "transformer", MINE) as opened, Store(tmp_path, "transformer", MINE) as other:
-        opened.edit(BLOCKS[1], parts(BLOCKS[1], 1))
-        opened.edit(BLOCKS[1], parts(BLOCKS[1], 2))
-        assert holds(opened, BLOCKS[1], 2) and holds(other, BLOCKS[1], 0)
-        opened.edit(BLOCKS[2], parts(BLOCKS[2], 1))
-        opened.edit(BLOCKS[2], parts(BLOCKS[2], 0))  # a LoRA taken out again
-        assert opened.complete and holds(opened, BLOCKS[2]) and not verify(opened)
+    (first, second), (_, other), (_, model) = (parts(BLOCKS[1], version) for version in (1, 2, 0))
+    with Store(tmp_path, "transformer", MINE) as opened:
+        assert lies(opened.edit(BLOCKS[1], first), first)
+        opened.edit(BLOCKS[1], second)
+        assert lies(opened.edit(BLOCKS[1], other), other)
+        assert lies(opened.edit(BLOCKS[1], first), first)  # whatever becomes of the block's other parts
+        assert (
+            opened.edit(BLOCKS[1], model) == opened.get(BLOCKS[1]).parts[1].stored
+        )  # a LoRA taken out again
+        assert opened.complete and holds(opened, BLOCKS[1]) and not verify(opened)
         assert sum(name.startswith("edited-") for name in os.listdir(filled)) == 1
     with Store(tmp_path, "transformer", MINE) as opened:
         assert opened.complete and holds(opened, BLOCKS[1])
@@ -384,7 +393,7 @@ def test_a_complete_store_serves_users_who_may_only_read(tmp_path, filled, monke
         with pytest.raises(StoreError, match="cannot be written to"):
             opened.put(BLOCKS[0], parts(BLOCKS[0], 1))
         with pytest.raises(StoreError, match="could not be written"):
-            opened.edit(BLOCKS[0], parts(BLOCKS[0], 1))
+            opened.edit(BLOCKS[0], parts(BLOCKS[0], 1)[0])
         assert all(holds(opened, block) for block in BLOCKS)
     (filled / lock.FILE).unlink()
     with Store(tmp_path, "transformer", MINE) as opened:
@@ -410,9 +419,10 @@ def test_too_little_space_is_found_before_anything_is_written(tmp_path, filled, 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20 + 100))
     with Store(tmp_path, "transformer", MINE) as opened:
-        for change in (opened.put, opened.edit):
+        changed = parts(BLOCKS[0], 1)
+        for change, what in ((opened.put, changed), (opened.edit, changed[0])):
             with pytest.raises(StoreError, match=r"0\.00 GiB free, and 0\.00 GiB are needed"):
-                change(BLOCKS[0], parts(BLOCKS[0], 1))
+                change(BLOCKS[0], what)
         assert opened.complete and holds(opened, BLOCKS[0])
     with pytest.raises(StoreError, match=r"are needed\. Free space there"):
         folders.require_space(tmp_path / "not" / "yet", 2**40)
@@ -468,7 +478,7 @@ def test_a_full_file_system(tiny_disk, monkeypatch):
             with pytest.raises(StoreError, match=r"No space left on device\. Free space there"):
                 opened.put(BLOCKS[1], parts(BLOCKS[1], size=200_000))
             with pytest.raises(StoreError, match="No space left on device"):
-                opened.edit(BLOCKS[0], parts(BLOCKS[0], 1, size=200_000))
+                opened.edit(BLOCKS[0], parts(BLOCKS[0], 1, size=200_000)[0])
         assert holds(opened, BLOCKS[0]) and opened.blocks() == BLOCKS[:1]
         assert sorted(os.listdir(opened.folder)) == sorted([file_name(BLOCKS[0]), "lock", MANIFEST])
     with Store(tiny_disk, "transformer", MINE) as opened:

@@ -90,6 +90,11 @@ class Cache:
         """A unit is used that was not held, though it is by now. Counted."""
         self._misses += 1
 
+    def rename(self, key: Hashable, now: Hashable) -> None:
+        """A unit that is not held, of the same size and place in the order, has another key from now on."""
+        self.sizes = {now if each == key else each: nbytes for each, nbytes in self.sizes.items()}
+        self.chosen = frozenset(now if each == key else each for each in self.chosen)
+
     def count_on(self, counters: CacheCounters) -> None:
         """Go on counting from where another cache was."""
         self._hits, self._misses, self._evictions = counters.hits, counters.misses, counters.evictions

@@ -8,6 +8,7 @@ remaining units pass through.
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 from collections import defaultdict
@@ -15,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 import torch
 
@@ -28,6 +28,7 @@ from .header import PAGE
 from .pinned import HostMemory, PinnedTier
 from .reader import Read, Reader
 from .store import Store, file_name, identity_of
+from .traces import private_bytes
 
 if TYPE_CHECKING:
     from ..component import Component, Unit
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ..streams import Streams
 
 _SHARE = 0.5  # of the host memory that is available, where nobody has set a bound
+_PATIENCE = 600.0  # seconds for another process that writes the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,17 +57,24 @@ class _Buffer:
         self.memory = memory
         self.kept = kept  # counted by the cache, not one of the slots
         self.pinned = kept  # the cache must not evict it: it is read, or copied to the device
-        self.read: Read | None = None
+        self.read: Read  # that fills it
+        self.when = 0  # the load that is expected to use it first
         self.copied: Any = None  # the event behind the copy to the device that was queued last
         self.used = False  # since it was read
 
     def is_ready(self) -> bool:
         """Whether its unit has arrived."""
-        return self.read is not None and self.read.settled and not self.read.failed
+        return self.read.settled and not self.read.failed
 
-    def is_free(self) -> bool:
-        """Whether its unit was used, and nobody reads from it or writes to it any longer."""
-        return self.used and (self.read is None or self.read.settled) and self.copied.query()
+    def has_failed(self) -> bool:
+        """Whether its unit will not arrive."""
+        return self.read.settled and self.read.failed
+
+    def is_free(self, now: int) -> bool:
+        """Whether its unit was used, or did not come when it was due, and nobody reads from it or writes to it."""
+        if not self.read.settled:
+            return False
+        return self.copied.query() if self.used else self.when < now
 
 
 class DiskTier:
@@ -88,6 +97,8 @@ class DiskTier:
         self._lying: dict[tuple[Path, int], _Buffer] = {}
         self._slots: list[HostMemory] = []  # that no unit lies in
         self._spare: list[HostMemory] = []  # of units that were evicted, for others of their size
+        self._units: list[Unit] = []  # that stream
+        self._outgrown = False  # one of them has another size than the buffers were made for
         self._count = 0  # loads so far
 
     # --- what is on disk ------------------------------------------------------------------------------
@@ -115,7 +126,7 @@ class DiskTier:
             parts = [_part(unit, names) for unit in members]
             digests[block] = [blockfile.digest_of(part) for part in parts]
             prints.append((block, blockfile.plan(file_name(block), parts, digests[block]).fingerprint))
-        store = Store(self._storage.directory, component.name, identity_of(prints), rebuild=True)
+        store = Store(self._storage.directory, component.name, identity_of(prints), True, _PATIENCE)
         self._stores[component].append(store)
         was_empty = not store.blocks()
         try:
@@ -130,24 +141,41 @@ class DiskTier:
                 shutil.rmtree(store.folder, ignore_errors=True)
             raise
 
-    def edit(self, unit: Unit, before: DiskMemory) -> None:
+    def edit(self, unit: Unit, before: HostMemory | None) -> None:
         """Write a unit's weights, which are others than the model's now, to a file of this process's own.
 
         Args:
-            before: where they were.
+            before: where they were on the host.
         """
-        component, names = unit.component, _names(unit.component.module)
-        members = [u for u in component.units if u.block == unit.block]
-        members = [u for u in members if u is unit or isinstance(u.weights.host, DiskMemory)]
-        self._forget(before)
-        for store in reversed(self._stores[component]):
-            if unit.block in store.blocks():
-                file = store.edit(unit.block, [_part(each, names) for each in members])
-                stored = next(part.stored for part in file.parts if part.name == unit.name)
-                unit.weights.move_to_host(map_part(stored), filled=True)
-                self._cache.sizes[unit.weights.host.key] = room_for(unit.nbytes)
-                return
-        unit.weights.move_to_host(self._pinned.allocate(unit.nbytes))
+        if isinstance(before, DiskMemory):
+            self._forget(before)
+        stores = reversed(self._stores[unit.component])
+        store = next((each for each in stores if unit.block in each.blocks()), None)
+        if store is None:
+            unit.weights.move_to_host(self._pinned.allocate(unit.nbytes))
+            return
+        host = map_part(store.edit(unit.block, _part(unit, _names(unit.component.module))))
+        unit.weights.move_to_host(host, filled=True)
+        same = isinstance(before, DiskMemory) and room_for(before.bytes.numel()) == room_for(unit.nbytes)
+        if same and before.key in self._cache.sizes:
+            self._cache.rename(before.key, host.key)
+        elif unit in self._units:
+            self._outgrown = True
+
+    def silently_edited(self, units: Iterable[Unit]) -> list[Unit]:
+        """Units whose bytes were written to by others than us, which the tensors may not have counted."""
+        private = private_bytes()
+        return [
+            unit
+            for unit in units
+            if isinstance(unit.weights.host, DiskMemory)
+            and private.get(unit.weights.host.bytes.untyped_storage().data_ptr(), 0)
+            > mmap.PAGESIZE * len(unit.weights.written_pages(mmap.PAGESIZE))
+        ]
+
+    def pass_on(self, before: Component, after: Component) -> None:
+        """`after` is the same module taken apart anew: some of its units are where those of `before` were."""
+        self._stores[after] = self._stores.pop(before, [])
 
     def release(self, component: Component) -> None:
         """The component is offloaded no longer. The model's files stay, edited ones go."""
@@ -164,14 +192,21 @@ class DiskTier:
     # --- what the host holds --------------------------------------------------------------------------
 
     def assign(self, units: Iterable[Unit]) -> None:
-        """These are the units that stream, in order; what the host holds of others goes."""
-        hosts = [unit.weights.host for unit in units if isinstance(unit.weights.host, DiskMemory)]
+        """These are the units that stream, in order; what the host holds goes.
+
+        Raises:
+            ValueError: one of them is larger than all of the host memory; they come past it until that is mended.
+        """
+        self._units = list(units)
+        hosts = [unit.weights.host for unit in self._units if isinstance(unit.weights.host, DiskMemory)]
         for buffer in self._lying.values():
             self._quiet(buffer)
-        self._lying, self._slots, self._spare = {}, [], []
+        counters = self._cache.counters
+        self._lying, self._slots, self._spare, self._cache = {}, [], [], Cache(0)
+        self._cache.count_on(counters)
         sizes = {host.key: room_for(host.bytes.numel()) for host in hosts}
         shares = share_out(self.limit, list(sizes.values())) if sizes else None
-        counters = self._cache.counters
+        self._outgrown = False
         self._cache = Cache(shares.capacity if shares else 0, self._storage.cache_policy, sizes)
         self._cache.count_on(counters)
         if shares:
@@ -206,16 +241,24 @@ class DiskTier:
         )
 
     def expect(self, coming: Iterable[HostMemory | None]) -> None:
-        """Read ahead: these are used next, in this order, as far as there is room."""
+        """Read ahead: these are used next, in this order, as far as there is room.
+
+        Args:
+            coming: None stands for what need not be read.
+        """
+        self._keep_up()
+        if len(self._lying) == len(self._cache.sizes):
+            return
         for distance, host in enumerate(coming):
             if not isinstance(host, DiskMemory):
                 continue
-            buffer = self._lying.get(host.key)
+            buffer, when = self._lying.get(host.key), self._count + distance
             if buffer is None:
-                if self._fetch(host, self._count + distance) is None:
+                if self._fetch(host, when) is None:
                     return
-            elif buffer.read is not None and not buffer.read.settled:
-                buffer.read.hurry(self._count + distance)
+            elif not buffer.used:
+                buffer.when = when
+                buffer.read.hurry(when)
 
     def is_ready(self, host: HostMemory | None) -> bool:
         """Whether `load` would not wait for the disk."""
@@ -231,9 +274,11 @@ class DiskTier:
             DiskReadError: it cannot be read.
             TimeoutError: the disk does not answer.
         """
+        self._keep_up()
         buffer = self._lying.get(host.key)
-        if buffer is not None and buffer.used:
-            self._cache.wanted(host.key)
+        if buffer is not None and buffer.has_failed():  # when it was read ahead: by now the file may be back
+            self._drop(host.key, self._lying.pop(host.key))
+            buffer = None
         if buffer is None:
             buffer = self._fetch(host, self._count) or self._fetch_at_once(host)
         if buffer is None:  # a stem, which streams past the cache
@@ -246,6 +291,13 @@ class DiskTier:
                 self._drop(host.key, self._lying.pop(host.key))
             raise
         self._count += 1
+        if buffer.used:
+            self._cache.wanted(host.key)
+        else:
+            self._cache.missed()
+        if buffer.kept and not buffer.pinned:  # until the copy is done
+            self._cache.pin(host.key)
+            buffer.pinned = True
         self._pinned.load(
             HostMemory(buffer.memory.bytes[: destination.numel()], buffer.memory.pinned), destination
         )
@@ -262,7 +314,6 @@ class DiskTier:
         """Begin to read a unit, to be used at the `when`-th load; None if there is no room for it now."""
         buffer = self._room(host)
         if buffer is not None:
-            self._cache.missed()
             self._begin(host, buffer, when)
         return buffer
 
@@ -271,7 +322,7 @@ class DiskTier:
         through = [(key, buffer) for key, buffer in self._lying.items() if not buffer.kept]
         if host.key not in self._cache.sizes or not through:
             return None
-        key, buffer = next((pair for pair in through if pair[1].used), through[-1])
+        key, buffer = max(through, key=lambda pair: (pair[1].used, pair[1].when))
         self._quiet(buffer)
         del self._lying[key]
         self._slots.append(buffer.memory)
@@ -280,46 +331,65 @@ class DiskTier:
     def _begin(self, host: DiskMemory, buffer: _Buffer, when: int) -> None:
         if self._reader is None:
             self._reader = Reader(self._storage.workers)
+        try:
+            buffer.when, buffer.read = when, self._reader.request(host.stored, buffer.memory.bytes, when)
+        except BaseException:
+            self._drop(host.key, buffer)
+            raise
         self._lying[host.key] = buffer
-        buffer.read = self._reader.request(host.stored, buffer.memory.bytes, when)
 
     def _room(self, host: DiskMemory) -> _Buffer | None:
         size = room_for(host.bytes.numel())
         if host.key not in self._cache.sizes:
             return None
         for key, buffer in self._lying.items():
-            if buffer.kept and buffer.pinned and buffer.is_free():
+            if buffer.kept and buffer.pinned and buffer.is_free(self._count):
                 buffer.pinned = False
                 self._cache.unpin(key)
         evicted = self._cache.admit(host.key, size)
         if evicted is not None:
             for key in evicted:
                 self._spare.append(self._lying.pop(key).memory)
+            try:
+                memory = self._kept_memory(size)
+            except BaseException:
+                self._cache.forget(host.key)
+                raise
             self._cache.pin(host.key)
-            return _Buffer(self._kept_memory(size), kept=True)
+            return _Buffer(memory, kept=True)
         if not self._slots:
-            free = next((k for k, b in self._lying.items() if not b.kept and b.is_free()), None)
+            lying = self._lying.items()
+            free = next((k for k, b in lying if not b.kept and b.is_free(self._count)), None)
             if free is None:
                 return None
             self._slots.append(self._lying.pop(free).memory)
         return _Buffer(self._slots.pop(), kept=False)
 
     def _kept_memory(self, size: int) -> HostMemory:
-        for memory in self._spare:
-            if memory.bytes.numel() == size:
-                self._spare.remove(memory)
-                return memory
-        self._spare.clear()  # of other sizes: what is kept and what is spare must not exceed the cache
-        return self._allocate(size)
+        """For a unit that the cache has admitted."""
+        fitting = next((each for each in self._spare if each.bytes.numel() == size), None)
+        self._spare = [each for each in self._spare if each is not fitting]
+        room = self._cache.capacity - self._cache.nbytes  # what is kept and what is spare must not exceed it
+        while sum(each.bytes.numel() for each in self._spare) > room:
+            self._spare.pop()
+        return fitting or self._allocate(size)
 
     def _allocate(self, nbytes: int) -> HostMemory:
-        memory = self._pinned.allocate(nbytes + PAGE)  # O_DIRECT wants a page's beginning
-        start = -memory.bytes.data_ptr() % PAGE
-        return HostMemory(memory.bytes[start : start + nbytes], memory.pinned)
+        memory = self._pinned.allocate(nbytes)
+        if memory.bytes.data_ptr() % PAGE:  # O_DIRECT wants a page's beginning
+            memory = self._pinned.allocate(nbytes + PAGE)
+            start = -memory.bytes.data_ptr() % PAGE
+            memory = HostMemory(memory.bytes[start : start + nbytes], memory.pinned)
+        return memory
+
+    def _keep_up(self) -> None:
+        """If a unit has been edited into another size, share the memory out anew."""
+        if self._outgrown:
+            self.assign(self._units)
 
     def _quiet(self, buffer: _Buffer) -> None:
         """Nobody reads from the buffer or writes to it afterwards."""
-        if buffer.read is not None and not buffer.read.settled:
+        if not buffer.read.settled:
             buffer.read.cancel()
         if buffer.copied is not None:
             self._streams.wait_for(buffer.copied, "the copy out of a buffer of the disk tier")
@@ -337,22 +407,17 @@ class DiskTier:
 
 # --- mappings -----------------------------------------------------------------------------------------------
 
-_files: WeakValueDictionary[tuple[Path, int, int], torch.Tensor] = WeakValueDictionary()
-
 
 def map_part(stored: Stored) -> DiskMemory:
-    """A private mapping of a part's bytes: writing to it changes this process's copy alone."""
+    """A private mapping of a part's bytes: writing to it changes these bytes alone.
+
+    It is nobody else's: of two pipelines with the same weights one may be edited.
+    """
     with blockfile.opened(stored.path) as handle:
-        status = os.fstat(handle)
-    key = stored.path, status.st_ino, status.st_mtime_ns
-    file = _files.get(key)
-    if file is None:
-        with torch.inference_mode(False):
-            file = torch.from_file(str(stored.path), shared=False, size=status.st_size, dtype=torch.uint8)
-        _files[key] = file
-    view = file[stored.offset : stored.offset + stored.nbytes]
-    view.of_file = file  # or nobody would remember the mapping for the file's other parts
-    return DiskMemory(view, False, stored)
+        size = os.fstat(handle).st_size
+    with torch.inference_mode(False):
+        file = torch.from_file(str(stored.path), shared=False, size=size, dtype=torch.uint8)
+        return DiskMemory(file[stored.offset : stored.offset + stored.nbytes], False, stored)
 
 
 def mapped_already(weights: Any) -> DiskMemory | None:

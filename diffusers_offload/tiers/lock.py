@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..log import logger
 from .blockfile import StoreError
 
 FILE = "lock"
@@ -51,13 +52,16 @@ class FolderLock:
         Raises:
             StoreError: a process still writes; the message says which.
         """
-        deadline = time.monotonic() + wait
+        deadline, told = time.monotonic() + wait, False
         while not (self.may_write and self._try(exclusive=True)) and not self._try(exclusive=False):
             if time.monotonic() >= deadline:
                 raise StoreError(
                     f"{self._path.parent} is being written by {self._holder()}. Wait for it to end, or pass "
                     "another offload_dir"
                 )
+            if not told:
+                logger.info("%s is being written by %s: waiting", self._path.parent, self._holder())
+                told = True
             time.sleep(_PAUSE)
         if self.alone:
             self._sign()
@@ -93,6 +97,10 @@ class FolderLock:
             os.close(self._handle)
             self._handle = None
         self.alone = self.may_write = False
+
+    def __del__(self) -> None:  # whoever forgets to release it, like a pipeline that is just dropped
+        if getattr(self, "_handle", None) is not None:
+            os.close(self._handle)
 
     def _open_for_reading(self, flags: int) -> int | None:
         try:

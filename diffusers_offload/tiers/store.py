@@ -4,7 +4,7 @@
         manifest.json               what is here; only what it lists exists
         lock                        one process writes, or several read
         <block>-<hash>.safetensors  one file per block (`blockfile`)
-        edited-<process>-...        a block with other weights than the model's; gone with the process
+        edited-<process>-...        a part with other weights than the model's; gone with the process
 
 A file counts once the manifest lists it with its length and fingerprint, and the manifest never lists bytes that
 may not be there: a file that changes is struck off first, then replaced, then listed again, each step forced to
@@ -25,6 +25,7 @@ import re
 import secrets
 import threading
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import torch
 
 from ..log import logger
 from . import blockfile, folders
-from .blockfile import BlockFile, Part, StoreError
+from .blockfile import BlockFile, Part, Stored, StoreError
 from .lock import FolderLock
 from .strictjson import keys, mapping, parse, sizes, text
 
@@ -111,7 +112,7 @@ class Store:
         self.component, self.identity = component, identity
         self.complete = False
         self._files: dict[str, BlockFile] = {}
-        self._edits: dict[str, BlockFile] = {}
+        self._edits: set[Path] = set()
         self._token = secrets.token_hex(8)
         self._busy = threading.RLock()
         folders.make(root, self.folder)
@@ -132,9 +133,9 @@ class Store:
     def close(self) -> None:
         """Let others have the folder. The model's weights stay, edited ones are deleted."""
         with self._busy:
-            for file in self._edits.values():
-                folders.delete(file.path)
-            self._edits = {}
+            for path in self._edits:
+                folders.delete(path)
+            self._edits = set()
             self._lock.release()
 
     def blocks(self) -> list[str]:
@@ -143,7 +144,7 @@ class Store:
             return list(self._files)
 
     def get(self, block: str) -> BlockFile:
-        """Where the block's parts are, with the weights that `edit` gave it, if it did.
+        """Where the parts of the model's block are.
 
         Raises:
             StoreError: it is not here.
@@ -151,7 +152,7 @@ class Store:
         with self._busy:
             if block not in self._files:
                 raise StoreError(f"{self.folder} does not hold {block!r} yet. Finish writing it")
-            return self._edits.get(block) or self._files[block]
+            return self._files[block]
 
     def put(self, block: str, parts: Sequence[Part], digests: Sequence[str] | None = None) -> BlockFile:
         """Have `block` on the disk with `parts`, weights of this identity; what is there already stays.
@@ -180,28 +181,29 @@ class Store:
             self._save()
         return file
 
-    def edit(self, block: str, parts: Sequence[Part]) -> BlockFile:
-        """From now on `get` gives `parts` for `block`: weights that are no longer the model's (a fused LoRA).
+    def edit(self, block: str, part: Part) -> Stored:
+        """Where `part` of `block` lies, whose weights are no longer the model's (a fused LoRA).
 
-        They lie in a file of this process's own until `close`, or until the block is edited back. The model's
-        file stays as it is, so other processes may read meanwhile.
+        That is a file of this process's own until `close`, or the model's if the part was edited back. The model's
+        file stays as it is, so other processes may read meanwhile; so do the block's other parts.
 
         Raises:
-            StoreError: nothing can be written, or no space is left; the block is as it was before.
+            StoreError: nothing can be written, or no space is left; the part is as it was before.
         """
-        model = self.get(block) if block not in self._edits else self._files[block]
-        path = self.folder / f"edited-{self._token}-{model.path.name}"
-        file = blockfile.plan(path, parts)
-        if file.fingerprint == model.fingerprint:
-            with self._busy:
-                self._edits.pop(block, None)
-            folders.delete(path)
-            return model
+        path = self.folder / f"edited-{self._token}-{file_name(part.name)}"
+        file = blockfile.plan(path, [part])
+        edited = file.parts[0]
+        for model in self.get(block).parts:
+            if model == replace(edited, stored=model.stored) and model.stored.digest == edited.stored.digest:
+                with self._busy:
+                    self._edits.discard(path)
+                folders.delete(path)
+                return model.stored
         folders.require_space(self.folder, file.nbytes)
-        blockfile.write(path, parts, [part.stored.digest for part in file.parts])
+        blockfile.write(path, [part], [edited.stored.digest])
         with self._busy:
-            self._edits[block] = file
-        return file
+            self._edits.add(path)
+        return edited.stored
 
     def forget(self, block: str) -> None:
         """Strike a block off (it was found damaged), so that the next `put` writes it."""
@@ -269,7 +271,7 @@ class Store:
         blockfile.replace(self.folder / MANIFEST, [memoryview(_seal(content))])
 
     def _delete_unlisted(self) -> None:
-        kept = {file.path.name for file in (*self._files.values(), *self._edits.values())}
+        kept = {path.name for path in (*(file.path for file in self._files.values()), *self._edits)}
         for name in folders.names(self.folder):
             if _OURS.fullmatch(name) and name not in kept:
                 folders.delete(self.folder / name)

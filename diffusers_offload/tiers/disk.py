@@ -12,19 +12,18 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 import torch
 
 from .. import slab
 from ..report import DiskReport
 from . import blockfile
-from .blockfile import Part, Stored
+from .blockfile import Part
 from .cache import Cache, share_out
 from .header import PAGE
+from .mapped import DiskMemory, MappedPart, map_part, mapped_already, names_in
 from .pinned import HostMemory, PinnedTier
 from .reader import Read, Reader
 from .store import Store, file_name, identity_of
@@ -35,17 +34,6 @@ if TYPE_CHECKING:
     from ..streams import Streams
 
 _SHARE = 0.5  # of the host memory that is available, where nobody has set a bound
-
-
-@dataclass(frozen=True, eq=False)
-class DiskMemory(HostMemory):
-    """A unit's bytes in its file: `bytes` is a private mapping of them, never pinned."""
-
-    stored: Stored
-
-    @property
-    def key(self) -> tuple[Path, int]:
-        return self.stored.path, self.stored.offset
 
 
 class _Buffer:
@@ -98,12 +86,13 @@ class DiskTier:
         Raises:
             StoreError: the folder cannot be used, or has no room; what was written is gone again.
         """
-        names = _names(component.module)
+        names = names_in(component.module)
         blocks: dict[str, list[Unit]] = defaultdict(list)
         for unit in units:
-            mapped = mapped_already(unit.weights)
+            mapped = mapped_already(component.module, unit.weights, names)
             if mapped is not None:
-                unit.weights.stay_on_host(mapped)
+                self._hold(component, mapped)
+                unit.weights.stay_on_host(mapped.memory)
                 yield unit
             else:
                 blocks[unit.block].append(unit)
@@ -130,13 +119,19 @@ class DiskTier:
                 shutil.rmtree(store.folder, ignore_errors=True)
             raise
 
+    def _hold(self, component: Component, part: MappedPart) -> None:
+        """Keep others from changing the files that a model was built on, and have a place for edits."""
+        stores = self._stores[component]
+        if all(store.identity != part.identity for store in stores):
+            stores.append(Store(part.root, part.component, part.identity))
+
     def edit(self, unit: Unit, before: DiskMemory) -> None:
         """Write a unit's weights, which are others than the model's now, to a file of this process's own.
 
         Args:
             before: where they were.
         """
-        component, names = unit.component, _names(unit.component.module)
+        component, names = unit.component, names_in(unit.component.module)
         members = [u for u in component.units if u.block == unit.block]
         members = [u for u in members if u is unit or isinstance(u.weights.host, DiskMemory)]
         self._forget(before)
@@ -335,62 +330,7 @@ class DiskTier:
             self._slots.append(buffer.memory)
 
 
-# --- mappings -----------------------------------------------------------------------------------------------
-
-_files: WeakValueDictionary[tuple[Path, int, int], torch.Tensor] = WeakValueDictionary()
-
-
-def map_part(stored: Stored) -> DiskMemory:
-    """A private mapping of a part's bytes: writing to it changes this process's copy alone."""
-    with blockfile.opened(stored.path) as handle:
-        status = os.fstat(handle)
-    key = stored.path, status.st_ino, status.st_mtime_ns
-    file = _files.get(key)
-    if file is None:
-        with torch.inference_mode(False):
-            file = torch.from_file(str(stored.path), shared=False, size=status.st_size, dtype=torch.uint8)
-        _files[key] = file
-    view = file[stored.offset : stored.offset + stored.nbytes]
-    view.of_file = file  # or nobody would remember the mapping for the file's other parts
-    return DiskMemory(view, False, stored)
-
-
-def mapped_already(weights: Any) -> DiskMemory | None:
-    """Where the tensors look, if that is a part of a block file with just this layout."""
-    storages = {
-        tensor.untyped_storage().data_ptr() for tensor in weights.tensors if tensor.device.type == "cpu"
-    }
-    found = _parts_of_models.get(next(iter(storages))) if len(storages) == 1 else None
-    if found is None or not _looks_at(weights.tensors, found):
-        return None
-    return found.memory
-
-
-@dataclass(frozen=True, eq=False)
-class MappedPart:
-    """A part of a block file that a model was built on (`from_pretrained`)."""
-
-    memory: DiskMemory
-    layout: slab.Layout
-    names: tuple[str, ...]
-
-
-_parts_of_models: dict[int, MappedPart] = {}
-
-
-def _looks_at(tensors: Sequence[torch.Tensor], part: MappedPart) -> bool:
-    base = part.memory.bytes.data_ptr()
-    places = part.layout.placements
-    return len(tensors) == len(places) and all(
-        t.data_ptr() == base + p.offset
-        and t.dtype == p.dtype
-        and tuple(t.shape) == p.shape
-        and t.stride() == p.stride
-        for t, p in zip(tensors, places, strict=True)
-    )
-
-
-# --- parts, names, sizes ------------------------------------------------------------------------------------
+# --- parts and sizes ------------------------------------------------------------------------------------
 
 
 def _part(unit: Unit, names: Mapping[int, str]) -> Part:
@@ -399,11 +339,6 @@ def _part(unit: Unit, names: Mapping[int, str]) -> Part:
     data = torch.zeros(weights.nbytes, dtype=torch.uint8)
     slab.gather(weights.layout, weights.tensors, data)
     return Part(unit.name, weights.layout, tuple(names[id(tensor)] for tensor in weights.tensors), data)
-
-
-def _names(module: torch.nn.Module) -> dict[int, str]:
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return {id(tensor): name for name, tensor in reversed(named)}
 
 
 def room_for(nbytes: int) -> int:

@@ -180,6 +180,23 @@ class Store:
             self._save()
         return file
 
+    def link(self, block: str, file: BlockFile) -> None:
+        """Have `block` on the disk as `file` of another store on the same file system has it.
+
+        Raises:
+            StoreError: it cannot be; the block is as it was before, or missing.
+        """
+        with self._busy:
+            known = self._files.get(block)
+            if known is not None and known.fingerprint == file.fingerprint:
+                return
+            self._lock.make_alone()
+            self._strike(block)
+            path = self.folder / file_name(block)
+            blockfile.link(file.path, path)
+            self._files[block] = blockfile.read_layout(path)
+            self._save()
+
     def edit(self, block: str, parts: Sequence[Part]) -> BlockFile:
         """From now on `get` gives `parts` for `block`: weights that are no longer the model's (a fused LoRA).
 

@@ -34,7 +34,8 @@ from ..log import logger
 from . import blockfile, folders
 from .blockfile import BlockFile, Part, StoreError
 from .lock import FolderLock
-from .strictjson import keys, mapping, parse, sizes, text
+from .sealed import seal, unseal
+from .strictjson import keys, mapping, sizes, text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -56,6 +57,12 @@ def file_name(block: str) -> str:
     """A file's name for a block's: safe on every file system, different for different blocks."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "_", block)[:80].lstrip(".")
     return f"{slug}-{hashlib.blake2b(block.encode(), digest_size=6).hexdigest()}.safetensors"
+
+
+def folder_name(component: str, identity: str) -> str:
+    """The name of the folder that holds a component with an identity."""
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "_", component)[:80]
+    return f"{slug}-{identity[:16]}"
 
 
 def verify(store: Store) -> dict[str, StoreError]:
@@ -106,8 +113,7 @@ class Store:
         if not _IDENTITY.fullmatch(identity):
             raise ValueError(f"identity={identity!r} is none: use 16 to 128 hexadecimal digits")
         root = Path(offload_dir).absolute()
-        slug = re.sub(r"[^A-Za-z0-9_-]+", "_", component)[:80]
-        self.folder = root / f"{slug}-{identity[:16]}"
+        self.folder = root / folder_name(component, identity)
         self.component, self.identity = component, identity
         self.complete = False
         self._files: dict[str, BlockFile] = {}
@@ -283,7 +289,7 @@ class Store:
             "complete": self.complete,
             "files": files,
         }
-        blockfile.replace(self.folder / MANIFEST, [memoryview(_seal(content))])
+        blockfile.replace(self.folder / MANIFEST, [memoryview(seal(content))])
 
     def _delete_unlisted(self) -> None:
         kept = {file.path.name for file in (*self._files.values(), *self._edits.values())}
@@ -334,7 +340,7 @@ class Store:
         try:
             if len(raw) != size:
                 raise ValueError("it is too large")
-            content = _unseal(raw)
+            content = unseal(raw)
             if content.get("format") != FORMAT:
                 raise ValueError(f"its format is {content.get('format')!r}, this program writes {FORMAT}")
             keys(content, "format", "component", "identity", "complete", "files")
@@ -360,20 +366,3 @@ class Store:
         if (file.nbytes, file.fingerprint) != (entry["nbytes"], entry["fingerprint"]):
             raise StoreError(blockfile.unusable(file.path, "it is not the file that was written here"))
         return file
-
-
-# --- the manifest's own digest ----------------------------------------------------------------------------
-
-
-def _seal(content: dict[str, Any]) -> bytes:
-    body = json.dumps(content, indent=1, ensure_ascii=True)
-    return f'{{"digest": "{blockfile.digest(body.encode())}",\n"manifest": {body}}}\n'.encode()
-
-
-def _unseal(raw: bytes) -> dict[str, Any]:
-    """What was sealed. Each byte of the file is compared: also those that mean nothing in JSON."""
-    whole = mapping(parse(raw), "the manifest")
-    content = mapping(whole.get("manifest"), "the manifest")
-    if _seal(content) != raw:
-        raise ValueError("it is not as it was written")
-    return content

@@ -64,31 +64,32 @@ def convert(
         StoreError: the folder cannot be used, or has no room.
         OSError: files of the checkpoint are missing or damaged.
     """
-    from .loader import find, saved_modules, stream
+    from .loader import find, stream
 
     source, root = find(source, variant, arguments), Path(destination).expanduser().absolute()
     _refuse_destination(source, root)
-    about = {"torch_dtype": _in_words(torch_dtype), "variant": variant}
+    given = sorted(name for name, value in arguments.items() if isinstance(value, nn.Module))
+    if given:
+        raise ValueError(f"{given[0]}= is a model of your own: give it to from_pretrained, not to convert")
+    absent = sorted(name for name, value in arguments.items() if value is None)
+    about = {"torch_dtype": _in_words(torch_dtype), "variant": variant, "absent": absent}
     root.mkdir(parents=True, exist_ok=True)
-    _write_note(root, {"complete": False, **about, "components": {}})
+    _write_note(root, {"complete": False, **about, "components": {}, "headers": {}})
     _copy_configs(source, root)
     offload = {"offload_granularity": offload_granularity, "tier": "disk", "offload_dir": root}
     if components is not None:
         offload["components"] = components
     identities: dict[str, str] = {}
-    stream(source, torch_dtype, variant, root, offload, arguments, progress, identities)
-    saved = saved_modules(source, set())
-    kept = {
-        name: {
-            "identity": identity,
-            "headers": {
-                file.name: [file.stat().st_size, sources.header_of(file)[8:].decode()]
-                for file in sources.checkpoints(saved[name])
-            },
-        }
-        for name, identity in identities.items()
+    pipe = stream(source, torch_dtype, variant, root, offload, arguments, progress, identities)
+    left = sorted(pipe._offloadable_modules().keys() - identities.keys())
+    if left:
+        raise ValueError(f"{left[0]} has no folder of its own in {source}, so it cannot be converted")
+    headers = {
+        str(file.relative_to(source)): [file.stat().st_size, sources.header_of(file)[8:].decode()]
+        for file in sources.checkpoints(source)
+        if file.parent != source
     }
-    _write_note(root, {"complete": True, **about, "components": kept})
+    _write_note(root, {"complete": True, **about, "components": identities, "headers": headers})
     return root
 
 
@@ -114,42 +115,42 @@ class Converted:
         from .deferred import Promises
         from .loader import load
 
-        given = {
-            name for name, value in self.arguments.items() if value is None or isinstance(value, nn.Module)
-        }
-        wanted = {name: each for name, each in self.note["components"].items() if name not in given}
+        arguments = {**dict.fromkeys(self.note["absent"]), **self.arguments}
+        given = {name for name, value in arguments.items() if value is None or isinstance(value, nn.Module)}
         with tempfile.TemporaryDirectory(prefix="diffusers_offload-") as folder, Promises() as promises:
             stand_in = Path(folder) / self.root.name
-            self._make_stand_in(stand_in, wanted)
+            self._make_stand_in(stand_in)
             pipe = load(
                 stand_in,
                 promises,
                 torch_dtype=_from_words(self.note["torch_dtype"]),
                 variant=self.note["variant"],
-                **self.arguments,
+                **arguments,
             )
             try:
-                for name, each in wanted.items():
-                    settle_as(name, getattr(pipe, name), self.root, each["identity"])
+                for name, identity in self.note["components"].items():
+                    if name not in given:
+                        settle_as(name, getattr(pipe, name), self.root, identity)
             except StoreError as error:
                 raise StoreError(f"{error}. Convert the pipeline again into {self.root}") from error
             _rename(pipe, str(stand_in), str(self.root))
         return pipe
 
-    def _make_stand_in(self, folder: Path, components: Mapping[str, Any]) -> None:
+    def _make_stand_in(self, folder: Path) -> None:
+        """What the libraries load from: links to what was copied, and the checkpoint's headers."""
+        headers = {Path(name): entry for name, entry in self.note["headers"].items()}
         folder.mkdir()
-        for entry in self.root.iterdir():
-            if entry.name not in components:
-                (folder / entry.name).symlink_to(entry)
-        for name, each in components.items():
-            (folder / name).mkdir()
-            for entry in (self.root / name).iterdir():
-                (folder / name / entry.name).symlink_to(entry)
-            for file, (nbytes, header) in each["headers"].items():
-                raw = header.encode()
-                with (folder / name / Path(file).name).open("xb") as stream:
-                    stream.write(len(raw).to_bytes(8, "little") + raw)
-                    stream.truncate(nbytes)
+        real = {folder / parent for name in headers for parent in name.parents}
+        for within in sorted(real):
+            within.mkdir(exist_ok=True)
+            for entry in (self.root / within.relative_to(folder)).iterdir():
+                if within / entry.name not in real:
+                    (within / entry.name).symlink_to(entry)
+        for name, (nbytes, header) in headers.items():
+            raw = header.encode()
+            with (folder / name).open("xb") as stream:
+                stream.write(len(raw).to_bytes(8, "little") + raw)
+                stream.truncate(nbytes)
 
 
 def open_converted(

@@ -59,7 +59,8 @@ def from_pretrained(
 
     Args:
         path: a folder that `save_pretrained` or `diffusers-offload convert` wrote, or an id on the Hub.
-        torch_dtype: of the weights: one for all, or one per component's name and "default"; as in Diffusers.
+        torch_dtype: of the weights: one for all, or one per component's name and "default"; as in Diffusers, which
+            calls it `dtype` now: that is accepted as well.
         offload_dir: folder for the block files, with room for all weights. A converted folder is its own.
         variant: of the files, as "fp16"; as in Diffusers.
         device: where to compute; found by itself if None.
@@ -77,6 +78,10 @@ def from_pretrained(
     """
     offload = {name: arguments.pop(name) for name in list(arguments) if name in _OF_OFFLOAD}
     _refuse(arguments)
+    if "dtype" in arguments:  # what Diffusers calls it from 0.42 on
+        if torch_dtype is not None:
+            raise ValueError("torch_dtype and dtype are the same: give one of them")
+        torch_dtype = arguments.pop("dtype")
     find_device(device)
     converted = open_converted(path, torch_dtype, variant, arguments)
     if offload_dir is None and converted is None:
@@ -169,8 +174,11 @@ def saved_modules(folder: Path, given: set[str]) -> dict[str, Path]:
 def load(folder: Path, promises: Promises, **arguments: Any) -> Any:
     """The pipeline as Diffusers loads it, except that its weights are promised or looked at in their files."""
     from diffusers import DiffusionPipeline
+    from diffusers.utils import deprecation_utils
 
     cls = arguments.pop("pipeline_class", None) or DiffusionPipeline
+    if hasattr(deprecation_utils, "_resolve_dtype"):  # from 0.42 on, with a warning for the old word
+        arguments["dtype"] = arguments.pop("torch_dtype")
     arguments = {"use_safetensors": True, "low_cpu_mem_usage": True, **arguments}
     with _in_this_thread(), DeferredCasts(promises):
         return cls.from_pretrained(folder, **arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,8 @@ def folder_of(component: str, root: Path) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The files with weights, by name."""
-    return sorted(file for file in folder.glob(f"*{WEIGHTS}") if file.is_file())
+    """The files with weights in `folder` and what it holds, by name."""
+    return sorted(file for file in folder.rglob(f"*{WEIGHTS}") if file.is_file())
 
 
 def refuse(component: str, folder: Path) -> None:
@@ -60,11 +61,15 @@ def stamp_of(folder: Path) -> str:
         OSError: a file cannot be read.
     """
     told: list[bytes] = []
-    for file in sorted(folder.iterdir()):
+    # Several ControlNets are one component, in folders `controlnet`, `controlnet_1` ...
+    numbered = re.compile(re.escape(folder.name) + r"_[0-9]+")
+    also = sorted(each for each in folder.parent.iterdir() if numbered.fullmatch(each.name) and each.is_dir())
+    for file in (file for each in (folder, *also) for file in sorted(each.rglob("*"))):
         if file.is_file() and file.suffix in (WEIGHTS, ".json"):
             status = file.stat()
             about = (status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
-            told.append(file.name.encode() + b"\0" + struct.pack("<QQqq", *about))
+            name = str(file.relative_to(folder.parent)).encode()
+            told.append(name + b"\0" + struct.pack("<QQqq", *about))
             told.append(file.read_bytes() if file.suffix == ".json" else b"".join(_samples(file)))
     return digest(*(len(each).to_bytes(8, "little") + each for each in told))
 

@@ -20,8 +20,10 @@ except RuntimeError as error:  # torch loads the extensions that it finds instal
 from ._install import install, uninstall
 
 if TYPE_CHECKING:
+    from .conversion import convert
     from .handle import OffloadHandle
     from .lightx2v import OffloadConfig
+    from .loader import from_pretrained
     from .pipeline import enable_block_offload
     from .planner import Plan
     from .policy import OffloadPolicy
@@ -34,7 +36,9 @@ __all__ = [
     "OffloadPolicy",
     "Plan",
     "Report",
+    "convert",
     "enable_block_offload",
+    "from_pretrained",
     "install",
     "uninstall",
 ]
@@ -45,7 +49,9 @@ _HOME = {
     "OffloadPolicy": "policy",
     "Plan": "planner",
     "Report": "report",
+    "convert": "conversion",
     "enable_block_offload": "pipeline",
+    "from_pretrained": "loader",
 }
 
 

@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_plan(commands)
+    _add_convert(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 
@@ -194,6 +195,52 @@ def _plan(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     if too_little is not None:
         print(_printable(too_little), file=sys.stderr)
     return 1 if too_little is not None else 0
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="write a saved pipeline as block files, which from_pretrained opens at once",
+        description="Write the weights of a saved pipeline block by block, never holding more than two blocks, beside "
+        "copies of its configs and tokenizers. Killed, it goes on where it was when it is called again. The exit code "
+        "is 2 if it cannot be done.",
+    )
+    parser.add_argument("source", help="a directory with a model_index.json, or an id on the Hub")
+    parser.add_argument("destination", help="a directory: empty, not there yet, or of an earlier conversion")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="as torch_dtype of from_pretrained; what Diffusers loads without it if left out",
+    )
+    parser.add_argument("--variant", help='of the files, such as "fp16"')
+    parser.add_argument(
+        "--granularity",
+        default="block",
+        choices=GRANULARITIES,
+        help="that it will be offloaded with; %(default)s if left out",
+    )
+    parser.set_defaults(run=lambda arguments: _convert(arguments, parser))
+
+
+def _convert(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    import torch
+
+    from .conversion import convert
+
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    try:
+        folder = convert(
+            arguments.source,
+            arguments.destination,
+            dtype,
+            arguments.variant,
+            arguments.granularity,
+            progress=True,
+        )
+    except (ValueError, OSError) as error:
+        parser.error(_printable(str(error)))
+    print(_printable(f"{folder}: open it with diffusers_offload.from_pretrained"))
+    return 0
 
 
 def _printable(text: str) -> str:

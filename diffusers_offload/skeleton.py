@@ -22,7 +22,7 @@ from .confinement import ConfinedError, confined
 from .demo.maker import cast_as_loaded, default_dtype
 from .quoting import quoted
 
-_INDEX, _CONFIG = "model_index.json", "config.json"
+INDEX, _CONFIG = "model_index.json", "config.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LARGEST_HEADER = 100 * 2**20  # bytes; safetensors itself reads none that is larger
 _LARGEST_CONFIG = 10 * 2**20  # bytes; real ones have a few thousand
@@ -83,8 +83,8 @@ def open_skeleton(path: str, dtype: torch.dtype | None = None) -> Skeleton:
         NoPipelineError: there is none.
     """
     folder = _find_folder(path)
-    if (folder / _INDEX).is_file():
-        index = _read_json(folder / _INDEX)
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
         title = index.get("_class_name")
         title = title if isinstance(title, str) and title.isidentifier() else "a pipeline"
         entries = {
@@ -94,7 +94,7 @@ def open_skeleton(path: str, dtype: torch.dtype | None = None) -> Skeleton:
         }
         return _build_all(title, {name: (folder / name, *entry) for name, entry in entries.items()}, dtype)
     if (folder / _CONFIG).is_file():
-        config = _read_json(folder / _CONFIG)
+        config = read_json(folder / _CONFIG)
         architectures = config.get("architectures")
         library = "diffusers" if "_class_name" in config else "transformers"
         listed = architectures[0] if isinstance(architectures, list) and architectures else None
@@ -108,7 +108,7 @@ def open_skeleton(path: str, dtype: torch.dtype | None = None) -> Skeleton:
     if (folder / "modular_model_index.json").is_file():
         raise NoPipelineError(f"{path} is a modular pipeline: name the directory of one of its components")
     raise NoPipelineError(
-        f"{path} is no pipeline: it has neither a {_INDEX} (a pipeline saved by save_pretrained) "
+        f"{path} is no pipeline: it has neither a {INDEX} (a pipeline saved by save_pretrained) "
         f"nor a {_CONFIG} (one of its components)"
     )
 
@@ -145,7 +145,7 @@ def _find_folder(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=[_INDEX, _CONFIG, f"*/{_CONFIG}"]))
+        return Path(snapshot_download(path, allow_patterns=[INDEX, _CONFIG, f"*/{_CONFIG}"]))
     except Exception as error:  # of the network, the cache, the id: huggingface_hub has a class for each
         reason = str(error).strip().partition("\n")[0]
         raise NoPipelineError(
@@ -153,7 +153,12 @@ def _find_folder(path: str) -> Path:
         ) from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """What a saved config holds.
+
+    Raises:
+        NoPipelineError: it cannot be read, or is none.
+    """
     try:
         size = file.stat().st_size
         if size > _LARGEST_CONFIG:
@@ -202,7 +207,7 @@ def _build_all(
             if not hasattr(cls, "load_config") and getattr(cls, "config_class", None) is None:
                 missing[name] = f"a {class_name} has no config of its own"
                 continue
-            config = _read_json(folder / _CONFIG)
+            config = read_json(folder / _CONFIG)
             if config.get("quantization_config"):
                 missing[name] = "quantised weights are not supported"
                 continue

@@ -284,7 +284,7 @@ def test_damaged_files_are_refused_or_rebuilt(tmp_path, filled, damage, caplog):
 def sealed(path: Path, **edits) -> None:
     """The manifest with `edits`, by somebody who knows how its digest is made."""
     content = json.loads(path.read_bytes())["manifest"]
-    path.write_bytes(store._seal(content | edits))
+    path.write_bytes(store.seal(content | edits))
 
 
 def entry(**edits) -> dict:

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -192,6 +193,36 @@ def replace(path: Path, pieces: Iterable[memoryview]) -> None:
         _sync_folder(folder)
     except OSError as error:
         raise StoreError(f"{path} could not be written: {_why(error)}") from error
+
+
+def link(source: Path, path: Path) -> None:
+    """Put the file `source` in place of `path`: a second name for it, or a copy where there are no such names.
+
+    Raises:
+        StoreError: the file system refused, and `path` is as it was.
+    """
+    temporary = path.parent / f".{secrets.token_hex(8)}{TEMPORARY}"
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                raise
+            shutil.copyfile(source, temporary)
+            _sync_file(temporary)
+        os.rename(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(f"{path} could not be written: {_why(error)}") from error
+
+
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _write_all(handle: int, pieces: Iterable[memoryview]) -> None:

@@ -13,7 +13,6 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,10 @@ import torch
 from .. import slab
 from ..report import DiskReport
 from . import blockfile
-from .blockfile import Part, Stored
+from .blockfile import Part
 from .cache import Cache, share_out
 from .header import PAGE
+from .mapped import DiskMemory, MappedPart, map_part, mapped_already, names_in
 from .pinned import HostMemory, PinnedTier
 from .reader import Read, Reader
 from .store import Store, file_name, identity_of
@@ -37,17 +37,6 @@ if TYPE_CHECKING:
 
 _SHARE = 0.5  # of the host memory that is available, where nobody has set a bound
 _PATIENCE = 600.0  # seconds for another process that writes the same
-
-
-@dataclass(frozen=True, eq=False)
-class DiskMemory(HostMemory):
-    """A unit's bytes in its file: `bytes` is a private mapping of them, never pinned."""
-
-    stored: Stored
-
-    @property
-    def key(self) -> tuple[Path, int]:
-        return self.stored.path, self.stored.offset
 
 
 class _Buffer:
@@ -109,12 +98,14 @@ class DiskTier:
         Raises:
             StoreError: the folder cannot be used, or has no room; what was written is gone again.
         """
-        names = _names(component.module)
+        names = names_in(component.module)
+        private = private_bytes()  # what somebody wrote to a mapping is in no file
         blocks: dict[str, list[Unit]] = defaultdict(list)
         for unit in units:
-            mapped = mapped_already(unit.weights)
-            if mapped is not None:
-                unit.weights.stay_on_host(mapped)
+            mapped = mapped_already(component.module, unit.weights, names)
+            if mapped is not None and not private.get(mapped.memory.bytes.untyped_storage().data_ptr()):
+                self._hold(component, mapped)
+                unit.weights.stay_on_host(mapped.memory)
                 yield unit
             else:
                 blocks[unit.block].append(unit)
@@ -141,6 +132,12 @@ class DiskTier:
                 shutil.rmtree(store.folder, ignore_errors=True)
             raise
 
+    def _hold(self, component: Component, part: MappedPart) -> None:
+        """Keep others from changing the files that a model was built on, and have a place for edits."""
+        stores = self._stores[component]
+        if all(store.identity != part.identity for store in stores):
+            stores.append(Store(part.root, part.component, part.identity))
+
     def edit(self, unit: Unit, before: HostMemory | None) -> None:
         """Write a unit's weights, which are others than the model's now, to a file of this process's own.
 
@@ -154,7 +151,7 @@ class DiskTier:
         if store is None:
             unit.weights.move_to_host(self._pinned.allocate(unit.nbytes))
             return
-        host = map_part(store.edit(unit.block, _part(unit, _names(unit.component.module))))
+        host = map_part(store.edit(unit.block, _part(unit, names_in(unit.component.module))))
         unit.weights.move_to_host(host, filled=True)
         same = isinstance(before, DiskMemory) and room_for(before.bytes.numel()) == room_for(unit.nbytes)
         if same and before.key in self._cache.sizes:
@@ -405,57 +402,7 @@ class DiskTier:
             self._slots.append(buffer.memory)
 
 
-# --- mappings -----------------------------------------------------------------------------------------------
-
-
-def map_part(stored: Stored) -> DiskMemory:
-    """A private mapping of a part's bytes: writing to it changes these bytes alone.
-
-    It is nobody else's: of two pipelines with the same weights one may be edited.
-    """
-    with blockfile.opened(stored.path) as handle:
-        size = os.fstat(handle).st_size
-    with torch.inference_mode(False):
-        file = torch.from_file(str(stored.path), shared=False, size=size, dtype=torch.uint8)
-        return DiskMemory(file[stored.offset : stored.offset + stored.nbytes], False, stored)
-
-
-def mapped_already(weights: Any) -> DiskMemory | None:
-    """Where the tensors look, if that is a part of a block file with just this layout."""
-    storages = {
-        tensor.untyped_storage().data_ptr() for tensor in weights.tensors if tensor.device.type == "cpu"
-    }
-    found = _parts_of_models.get(next(iter(storages))) if len(storages) == 1 else None
-    if found is None or not _looks_at(weights.tensors, found):
-        return None
-    return found.memory
-
-
-@dataclass(frozen=True, eq=False)
-class MappedPart:
-    """A part of a block file that a model was built on (`from_pretrained`)."""
-
-    memory: DiskMemory
-    layout: slab.Layout
-    names: tuple[str, ...]
-
-
-_parts_of_models: dict[int, MappedPart] = {}
-
-
-def _looks_at(tensors: Sequence[torch.Tensor], part: MappedPart) -> bool:
-    base = part.memory.bytes.data_ptr()
-    places = part.layout.placements
-    return len(tensors) == len(places) and all(
-        t.data_ptr() == base + p.offset
-        and t.dtype == p.dtype
-        and tuple(t.shape) == p.shape
-        and t.stride() == p.stride
-        for t, p in zip(tensors, places, strict=True)
-    )
-
-
-# --- parts, names, sizes ------------------------------------------------------------------------------------
+# --- parts and sizes ------------------------------------------------------------------------------------
 
 
 def _part(unit: Unit, names: Mapping[int, str]) -> Part:
@@ -464,11 +411,6 @@ def _part(unit: Unit, names: Mapping[int, str]) -> Part:
     data = torch.zeros(weights.nbytes, dtype=torch.uint8)
     slab.gather(weights.layout, weights.tensors, data)
     return Part(unit.name, weights.layout, tuple(names[id(tensor)] for tensor in weights.tensors), data)
-
-
-def _names(module: torch.nn.Module) -> dict[int, str]:
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return {id(tensor): name for name, tensor in reversed(named)}
 
 
 def room_for(nbytes: int) -> int:

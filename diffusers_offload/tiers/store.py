@@ -35,7 +35,8 @@ from ..log import logger
 from . import blockfile, folders
 from .blockfile import BlockFile, Part, Stored, StoreError
 from .lock import FolderLock
-from .strictjson import keys, mapping, parse, sizes, text
+from .sealed import seal, unseal
+from .strictjson import keys, mapping, sizes, text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -57,6 +58,12 @@ def file_name(block: str) -> str:
     """A file's name for a block's: safe on every file system, different for different blocks."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "_", block)[:80].lstrip(".")
     return f"{slug}-{hashlib.blake2b(block.encode(), digest_size=6).hexdigest()}.safetensors"
+
+
+def folder_name(component: str, identity: str) -> str:
+    """The name of the folder that holds a component with an identity."""
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "_", component)[:80]
+    return f"{slug}-{identity[:16]}"
 
 
 def verify(store: Store) -> dict[str, StoreError]:
@@ -107,8 +114,7 @@ class Store:
         if not _IDENTITY.fullmatch(identity):
             raise ValueError(f"identity={identity!r} is none: use 16 to 128 hexadecimal digits")
         root = Path(offload_dir).absolute()
-        slug = re.sub(r"[^A-Za-z0-9_-]+", "_", component)[:80]
-        self.folder = root / f"{slug}-{identity[:16]}"
+        self.folder = root / folder_name(component, identity)
         self.component, self.identity = component, identity
         self.complete = False
         self._files: dict[str, BlockFile] = {}
@@ -180,6 +186,23 @@ class Store:
             self._files[block] = file
             self._save()
         return file
+
+    def link(self, block: str, file: BlockFile) -> None:
+        """Have `block` on the disk as `file` of another store on the same file system has it.
+
+        Raises:
+            StoreError: it cannot be; the block is as it was before, or missing.
+        """
+        with self._busy:
+            known = self._files.get(block)
+            if known is not None and known.fingerprint == file.fingerprint:
+                return
+            self._lock.make_alone()
+            self._strike(block)
+            path = self.folder / file_name(block)
+            blockfile.link(file.path, path)
+            self._files[block] = blockfile.read_layout(path)
+            self._save()
 
     def edit(self, block: str, part: Part) -> Stored:
         """Where `part` of `block` lies, whose weights are no longer the model's (a fused LoRA).
@@ -268,7 +291,7 @@ class Store:
             "complete": self.complete,
             "files": files,
         }
-        blockfile.replace(self.folder / MANIFEST, [memoryview(_seal(content))])
+        blockfile.replace(self.folder / MANIFEST, [memoryview(seal(content))])
 
     def _delete_unlisted(self) -> None:
         kept = {path.name for path in (*(file.path for file in self._files.values()), *self._edits)}
@@ -319,7 +342,7 @@ class Store:
         try:
             if len(raw) != size:
                 raise ValueError("it is too large")
-            content = _unseal(raw)
+            content = unseal(raw)
             if content.get("format") != FORMAT:
                 raise ValueError(f"its format is {content.get('format')!r}, this program writes {FORMAT}")
             keys(content, "format", "component", "identity", "complete", "files")
@@ -345,20 +368,3 @@ class Store:
         if (file.nbytes, file.fingerprint) != (entry["nbytes"], entry["fingerprint"]):
             raise StoreError(blockfile.unusable(file.path, "it is not the file that was written here"))
         return file
-
-
-# --- the manifest's own digest ----------------------------------------------------------------------------
-
-
-def _seal(content: dict[str, Any]) -> bytes:
-    body = json.dumps(content, indent=1, ensure_ascii=True)
-    return f'{{"digest": "{blockfile.digest(body.encode())}",\n"manifest": {body}}}\n'.encode()
-
-
-def _unseal(raw: bytes) -> dict[str, Any]:
-    """What was sealed. Each byte of the file is compared: also those that mean nothing in JSON."""
-    whole = mapping(parse(raw), "the manifest")
-    content = mapping(whole.get("manifest"), "the manifest")
-    if _seal(content) != raw:
-        raise ValueError("it is not as it was written")
-    return content

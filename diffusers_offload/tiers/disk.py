@@ -23,7 +23,7 @@ from . import blockfile
 from .blockfile import Part
 from .cache import Cache, share_out
 from .header import PAGE
-from .mapped import DiskMemory, MappedPart, map_part, mapped_already, names_in
+from .mapped import DiskMemory, MappedPart, map_file, mapped_already, names_in
 from .pinned import HostMemory, PinnedTier
 from .reader import Read, Reader
 from .store import Store, file_name, identity_of
@@ -110,8 +110,8 @@ class DiskTier:
         try:
             for block, members in blocks.items():
                 file = store.put(block, [_part(unit, names) for unit in members], digests[block])
-                for unit, part in zip(members, file.parts, strict=True):
-                    unit.weights.move_to_host(map_part(part.stored), filled=True)
+                for unit, memory in zip(members, map_file(file), strict=True):
+                    unit.weights.move_to_host(memory, filled=True)
                     yield unit
             store.commit(list(blocks))
         except BaseException:
@@ -138,8 +138,8 @@ class DiskTier:
         for store in reversed(self._stores[component]):
             if unit.block in store.blocks():
                 file = store.edit(unit.block, [_part(each, names) for each in members])
-                stored = next(part.stored for part in file.parts if part.name == unit.name)
-                unit.weights.move_to_host(map_part(stored), filled=True)
+                order = [part.name for part in file.parts]
+                unit.weights.move_to_host(map_file(file)[order.index(unit.name)], filled=True)
                 self._cache.sizes[unit.weights.host.key] = room_for(unit.nbytes)
                 return
         unit.weights.move_to_host(self._pinned.allocate(unit.nbytes))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 import torch
 
 from .. import slab
 from . import blockfile
-from .blockfile import Stored, StoreError
+from .blockfile import BlockFile, Stored, StoreError
 from .pinned import HostMemory
 from .store import Store
 
@@ -29,22 +28,20 @@ class DiskMemory(HostMemory):
         return self.stored.path, self.stored.offset
 
 
-_files: WeakValueDictionary[tuple[Path, int, int], torch.Tensor] = WeakValueDictionary()
+def map_file(file: BlockFile) -> list[DiskMemory]:
+    """A private mapping of each part's bytes: writing to them changes this process's copy alone.
 
+    It is a mapping of its own each time: somebody else who looks at the same file does not see what is written.
 
-def map_part(stored: Stored) -> DiskMemory:
-    """A private mapping of a part's bytes: writing to it changes this process's copy alone."""
-    with blockfile.opened(stored.path) as handle:
-        status = os.fstat(handle)
-    key = stored.path, status.st_ino, status.st_mtime_ns
-    file = _files.get(key)
-    if file is None:
-        with torch.inference_mode(False):
-            file = torch.from_file(str(stored.path), shared=False, size=status.st_size, dtype=torch.uint8)
-        _files[key] = file
-    view = file[stored.offset : stored.offset + stored.nbytes]
-    view.of_file = file  # or nobody would remember the mapping for the file's other parts
-    return DiskMemory(view, False, stored)
+    Raises:
+        StoreError: the file is gone.
+    """
+    with blockfile.opened(file.path):
+        pass
+    with torch.inference_mode(False):
+        whole = torch.from_file(str(file.path), shared=False, size=file.nbytes, dtype=torch.uint8)
+    cut = [whole[p.stored.offset : p.stored.offset + p.stored.nbytes] for p in file.parts]
+    return [DiskMemory(view, False, p.stored) for view, p in zip(cut, file.parts, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +78,7 @@ def build_on(module: torch.nn.Module, store: Store, offload_dir: Path, folder: s
     missing = {id(tensor): name for name, tensor in tensors.items()}
     for block in store.blocks():
         file = store.get(block)
-        for part in file.parts:
+        for part, memory in zip(file.parts, map_file(file), strict=True):
             for name, place in zip(part.names, part.layout.placements, strict=True):
                 tensor = tensors.get(name)
                 if tensor is None or (tensor.dtype, tuple(tensor.shape)) != (place.dtype, place.shape):
@@ -89,7 +86,7 @@ def build_on(module: torch.nn.Module, store: Store, offload_dir: Path, folder: s
                     raise StoreError(blockfile.unusable(file.path, what))
                 missing.pop(id(tensor), None)
             found[part.names[0]] = MappedPart(
-                map_part(part.stored), part.layout, part.names, offload_dir, folder, store.identity
+                memory, part.layout, part.names, offload_dir, folder, store.identity
             )
     if missing:
         raise StoreError(blockfile.unusable(store.folder, f"it has no {next(iter(missing.values()))!r}"))

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from .skeleton import INDEX
 from .tiers import blockfile
 from .tiers.blockfile import StoreError
 from .tiers.sealed import seal, unseal
+from .tiers.strictjson import keys, mapping, sequence, sizes, text
 
 NOTE = "diffusers_offload.json"
 _FORMAT = 1
@@ -195,9 +196,35 @@ def _read_note(root: Path) -> dict[str, Any]:
         note = unseal((root / NOTE).read_bytes())
         if note.get("format") != _FORMAT:
             raise ValueError(f"its format is {note.get('format')!r}, this program writes {_FORMAT}")
+        _check_note(note)
     except (OSError, ValueError) as error:
         raise StoreError(f"{root / NOTE} cannot be used: {error}. Convert the pipeline again") from error
     return note
+
+
+def _check_note(note: dict[str, Any]) -> None:
+    """Raise ValueError unless the note is what `convert` writes: somebody else may have written it."""
+    keys(note, "format", "complete", "torch_dtype", "variant", "absent", "components", "headers")
+    if not isinstance(note["complete"], bool):
+        raise ValueError("whether it is complete is neither true nor false")
+    dtypes = note["torch_dtype"] if isinstance(note["torch_dtype"], dict) else {"": note["torch_dtype"]}
+    if not all(each is None or isinstance(_from_words(each), torch.dtype) for each in dtypes.values()):
+        raise ValueError("its dtype is none")
+    if note["variant"] is not None:
+        text(note["variant"], "variant")
+    for name in (*sequence(note["absent"], "absent"), *mapping(note["components"], "components")):
+        if not text(name, "a component").isidentifier():
+            raise ValueError(f"{name!r} is no component")
+    for identity in note["components"].values():
+        text(identity, "an identity")
+    for name, entry in mapping(note["headers"], "headers").items():
+        place = PurePosixPath(name)  # a file is made under this name: it must not lead out of the folder
+        if place.is_absolute() or ".." in place.parts or "\0" in name or place.suffix != sources.WEIGHTS:
+            raise ValueError(f"{name!r} is no file of a checkpoint")
+        nbytes, header = sequence(entry, name)
+        sizes([nbytes], name)
+        if len(text(header, name).encode()) + 8 > nbytes:
+            raise ValueError(f"the header of {name!r} is longer than its file")
 
 
 def _in_words(dtype: Any) -> Any:
@@ -209,7 +236,7 @@ def _in_words(dtype: Any) -> Any:
 def _from_words(words: Any) -> Any:
     if isinstance(words, dict):
         return {name: _from_words(each) for name, each in words.items()}
-    return None if words is None else getattr(torch, words)
+    return None if words is None else vars(torch).get(words)
 
 
 # --- folders ----------------------------------------------------------------------------------------------

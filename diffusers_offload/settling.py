@@ -176,8 +176,7 @@ def _part(draft: _Draft, promises: Promises) -> Part:
     data = torch.zeros(draft.layout.nbytes, dtype=torch.uint8)
     for tensor, view in zip(draft.tensors, slab.views(draft.layout, data), strict=True):
         if id(tensor) not in draft.odd:
-            with torch.no_grad():
-                view.copy_(promises.value_of(tensor))
+            promises.copy_to(tensor, view)
     odd = [tensor for tensor in draft.tensors if id(tensor) in draft.odd]
     storages = {slab.storage_of(tensor) for tensor in odd}
     regions = tuple(region for region in draft.layout.regions if region.span.storage in storages)

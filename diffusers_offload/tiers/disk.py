@@ -24,7 +24,7 @@ from . import blockfile
 from .blockfile import Part
 from .cache import Cache, share_out
 from .header import PAGE
-from .mapped import DiskMemory, MappedPart, map_part, mapped_already, names_in
+from .mapped import DiskMemory, MappedPart, map_file, map_part, mapped_already, names_in
 from .pinned import HostMemory, PinnedTier
 from .reader import Read, Reader
 from .store import Store, file_name, identity_of
@@ -123,8 +123,8 @@ class DiskTier:
         try:
             for block, members in blocks.items():
                 file = store.put(block, [_part(unit, names) for unit in members], digests[block])
-                for unit, part in zip(members, file.parts, strict=True):
-                    unit.weights.move_to_host(map_part(part.stored), filled=True)
+                for unit, memory in zip(members, map_file(file), strict=True):
+                    unit.weights.move_to_host(memory, filled=True)
                     yield unit
             store.commit(list(blocks))
         except BaseException:

@@ -13,7 +13,7 @@ import torch
 
 from .. import slab
 from . import blockfile
-from .blockfile import Stored, StoreError
+from .blockfile import BlockFile, Stored, StoreError
 from .pinned import HostMemory
 from .store import Store
 
@@ -39,6 +39,15 @@ def map_part(stored: Stored) -> DiskMemory:
     with torch.inference_mode(False):
         file = torch.from_file(str(stored.path), shared=False, size=size, dtype=torch.uint8)
         return DiskMemory(file[stored.offset : stored.offset + stored.nbytes], False, stored)
+
+
+def map_file(file: BlockFile) -> list[DiskMemory]:
+    """The same for each part of a file.
+
+    Raises:
+        StoreError: the file is gone.
+    """
+    return [map_part(part.stored) for part in file.parts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +84,7 @@ def build_on(module: torch.nn.Module, store: Store, offload_dir: Path, folder: s
     missing = {id(tensor): name for name, tensor in tensors.items()}
     for block in store.blocks():
         file = store.get(block)
-        for part in file.parts:
+        for part, memory in zip(file.parts, map_file(file), strict=True):
             for name, place in zip(part.names, part.layout.placements, strict=True):
                 tensor = tensors.get(name)
                 if tensor is None or (tensor.dtype, tuple(tensor.shape)) != (place.dtype, place.shape):
@@ -83,7 +92,7 @@ def build_on(module: torch.nn.Module, store: Store, offload_dir: Path, folder: s
                     raise StoreError(blockfile.unusable(file.path, what))
                 missing.pop(id(tensor), None)
             found[part.names[0]] = MappedPart(
-                map_part(part.stored), part.layout, part.names, offload_dir, folder, store.identity
+                memory, part.layout, part.names, offload_dir, folder, store.identity
             )
     if missing:
         raise StoreError(blockfile.unusable(store.folder, f"it has no {next(iter(missing.values()))!r}"))

@@ -115,7 +115,7 @@ class DeferredCasts(TorchDispatchMode):
     def __init__(self, promises: Promises) -> None:
         super().__init__()
         self._kept = promises
-        self._files: dict[int, torch.Tensor] = {}  # held, so that no other memory gets their addresses
+        self._files: dict[tuple[int, int], torch.Tensor] = {}  # held: or other memory may get the addresses
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -143,12 +143,12 @@ class DeferredCasts(TorchDispatchMode):
         )
 
     def _is_of_a_file(self, tensor: torch.Tensor) -> bool:
+        if lies_in(tensor, list(self._files)):
+            return True
         address = _address(tensor)
-        if address not in self._files:
-            if not lies_in(tensor, mapped_files()):
-                return False
-            self._files[address] = tensor.detach()
-        return True
+        spans = [span for span in mapped_files() if span[0] <= address < span[1]]
+        self._files.update((span, tensor.detach()) for span in spans)
+        return bool(spans)
 
 
 def _only_looks(func: Any) -> bool:

@@ -26,6 +26,7 @@ from .target import Target, build_component
 from .tiers import blockfile, folders
 from .tiers.blockfile import Part, StoreError
 from .tiers.mapped import build_on, names_in
+from .tiers.pinned import map_memory
 from .tiers.sealed import seal, unseal
 from .tiers.store import Store, folder_name, identity_of
 from .units import tensors_of
@@ -173,7 +174,8 @@ def _exact_span(tensor: torch.Tensor) -> slab.Span:
 
 def _part(draft: _Draft, promises: Promises) -> Part:
     """The unit's weights as its file holds them, computed now."""
-    data = torch.zeros(draft.layout.nbytes, dtype=torch.uint8)
+    # Not from malloc, which keeps some of what is freed: with every block a little more of the model would stay.
+    data = map_memory(draft.layout.nbytes)[1]
     for tensor, view in zip(draft.tensors, slab.views(draft.layout, data), strict=True):
         if id(tensor) not in draft.odd:
             promises.copy_to(tensor, view)

@@ -267,4 +267,5 @@ def test_the_model_is_never_in_memory(tmp_path):
         )
         assert told["digest"] == right["digest"]
         grown = told["anonymous_peak"] - told["anonymous_before"]
+        assert told["anonymous_peak_loading"] - told["anonymous_before"] < told["model"] * 0.25, told
         assert grown < told["model"] * 0.6 < right["anonymous_peak"] - right["anonymous_before"], told

@@ -25,7 +25,7 @@ from .blockfile import Part
 from .cache import Cache, share_out
 from .header import PAGE
 from .mapped import DiskMemory, MappedPart, map_file, map_part, mapped_already, names_in
-from .pinned import HostMemory, PinnedTier
+from .pinned import HostMemory, PinnedTier, map_memory
 from .reader import Read, Reader
 from .store import Store, file_name, identity_of
 from .traces import private_bytes
@@ -408,7 +408,7 @@ class DiskTier:
 def _part(unit: Unit, names: Mapping[int, str]) -> Part:
     """A unit's weights as its file holds them."""
     weights = unit.weights
-    data = torch.zeros(weights.nbytes, dtype=torch.uint8)
+    data = map_memory(weights.nbytes)[1]
     slab.gather(weights.layout, weights.tensors, data)
     return Part(unit.name, weights.layout, tuple(names[id(tensor)] for tensor in weights.tensors), data)
 

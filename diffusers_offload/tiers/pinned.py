@@ -63,7 +63,7 @@ class PinnedTier:
         """Host memory of `nbytes`, pinned if the device allows it."""
         if self._pins and self._streams.device.type != "cuda":
             return self._allocate_by_torch(nbytes)
-        mapping, memory = _map(nbytes)
+        mapping, memory = map_memory(nbytes)
         if self._pins:
             memory[:: mmap.PAGESIZE].zero_()  # on all cores; the driver would fetch page after page on one
         pinned = self._pins and self._register(mapping, memory)
@@ -107,7 +107,7 @@ class PinnedTier:
             return HostMemory(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), True)
         except RuntimeError as error:
             self._give_up(error)
-            return HostMemory(_map(nbytes)[1], False)
+            return HostMemory(map_memory(nbytes)[1], False)
 
     def _register(self, mapping: _Mapping, memory: torch.Tensor) -> bool:
         with torch.cuda.device(self._streams.device):
@@ -154,7 +154,8 @@ class PinnedTier:
             copied.record(stream)
 
 
-def _map(nbytes: int) -> tuple[_Mapping, torch.Tensor]:
+def map_memory(nbytes: int) -> tuple[_Mapping, torch.Tensor]:
+    """`nbytes` of zeros that go back to the system when the tensor goes, which torch's own, from malloc, may not."""
     length = align(max(nbytes, 1), mmap.PAGESIZE)
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     try:

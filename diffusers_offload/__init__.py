@@ -7,16 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-try:
-    import torch  # noqa: F401
-except RuntimeError as error:  # torch loads the extensions that it finds installed
-    if "torch_npu" not in str(error):
-        raise
-    raise ImportError(
-        "torch_npu is installed but cannot be loaded, probably for want of CANN: source CANN's set_env.sh, or set "
-        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 to work without the NPU"
-    ) from error
-
 from ._install import install, uninstall
 
 if TYPE_CHECKING:
@@ -60,7 +50,16 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         from importlib import import_module
 
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+        try:
+            home = import_module(f".{_HOME[name]}", __name__)
+        except RuntimeError as error:  # torch loads the extensions that it finds installed
+            if "torch_npu" not in str(error):
+                raise
+            raise ImportError(
+                "torch_npu is installed but cannot be loaded, probably for want of CANN: source CANN's set_env.sh, or "
+                "set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to work without the NPU"
+            ) from error
+        return getattr(home, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

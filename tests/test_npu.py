@@ -32,7 +32,7 @@ def python(code, site=None, **environment):
 
 
 def test_an_npu_without_cann(site):
-    result = python("import diffusers_offload", site)
+    result = python("import diffusers_offload; diffusers_offload.enable_block_offload", site)
     assert result.returncode
     assert "CANN" in result.stderr and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in result.stderr
 

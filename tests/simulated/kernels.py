@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -17,19 +18,19 @@ from . import device as simulated
 aten = torch.ops.aten
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _MATH = 0  # the way of attention that is made of other kernels
-_library: list[torch.library.Library] = []
+_kept: list[library.Library] = []  # a registration ends with its object
 
 
 def register() -> None:
     """Take over all of torch's kernels for the device."""
-    fallback = torch.library.Library("_", "IMPL")
+    fallback = library.Library("_", "IMPL")
     fallback.fallback(_run, "PrivateUse1")
-    own = torch.library.Library("aten", "IMPL")
+    own = library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel of torch's own is replaced
         own.impl("_has_compatible_shallow_copy_type", lambda a, b: True, "CompositeImplicitAutograd")
     own.impl("convolution_overrideable", _convolve, "PrivateUse1")  # whose own kernel says: override me
-    _library.extend((fallback, own))
+    _kept.extend((fallback, own))
     torch.empty = _pinning(torch.empty)
     torch.tensor, torch.as_tensor = _by_way_of_the_host(torch.tensor), _by_way_of_the_host(torch.as_tensor)
 

@@ -246,23 +246,23 @@ class Tally:
 
     @contextmanager
     def following(self) -> Iterator[Tally]:
-        allocate, map_memory = Transfers.allocate, pinned._map
+        allocate, mapping_of = Transfers.allocate, pinned._Mapping
 
         def allocated(transfers: Transfers, nbytes: int) -> torch.Tensor:
             buffer = allocate(transfers, nbytes)
             self._buffers.add(buffer.untyped_storage())
             return buffer
 
-        def mapped(nbytes: int) -> tuple[Any, torch.Tensor]:
-            mapping, memory = map_memory(nbytes)
+        def mapped(*args: Any, **kwargs: Any) -> Any:
+            mapping = mapping_of(*args, **kwargs)
             self._mappings.add(mapping)
-            return mapping, memory
+            return mapping
 
-        Transfers.allocate, pinned._map = allocated, mapped
+        Transfers.allocate, pinned._Mapping = allocated, mapped
         try:
             yield self
         finally:
-            Transfers.allocate, pinned._map = allocate, map_memory
+            Transfers.allocate, pinned._Mapping = allocate, mapping_of
 
     def now(self) -> Holdings:
         gc.collect()

@@ -17,7 +17,7 @@ from .planner import choose_kept, estimate_activations
 from .report import Prediction
 from .selection import choose_stay
 from .stopwatch import Stopwatch
-from .timeline import Forecast, Work, place, simulate
+from .timeline import Copying, Forecast, Work, place, simulate
 
 if TYPE_CHECKING:
     from .component import Component, Unit
@@ -42,6 +42,19 @@ class Choice:
     slack: int = 0
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What of a component the disk is read for in each forward.
+
+    Attributes:
+        seconds: that it takes for each streamed unit, 0 for those that the host holds; empty if it holds all.
+        slots: units that can be on their way from disk to the device.
+    """
+
+    seconds: tuple[float, ...] = ()
+    slots: int = 1
+
+
 @dataclass
 class _Known:
     """What was measured of a component's forward with inputs of some shapes."""
@@ -49,6 +62,7 @@ class _Known:
     need: int  # peak bytes, less what is kept, the arena's slack and others'
     work: Work | None = None
     rate: float | None = None
+    reading: Reading = field(default_factory=Reading)
     choice: Choice = field(default_factory=Choice)
     room: int = -1  # that the choice was made for
     forecast: Forecast | None = None
@@ -104,12 +118,13 @@ class DeviceBudget:
         self.stopwatch = Stopwatch(streams) if timed and known.wants_timing(component) else None
         return self._choose(component)
 
-    def end(self, component: Component, weights: int, slack: int) -> Choice:
+    def end(self, component: Component, weights: int, slack: int, reading: Reading) -> Choice:
         """What `component` may keep from now on, its forward being over.
 
         Args:
             weights: bytes of weights that were on the device for it anyway.
             slack: bytes of the arena that it could do without.
+            reading: what the disk is read for in each forward.
         """
         component.runs += 1
         if self._running is not component:  # it began under another budget, or under none
@@ -131,6 +146,7 @@ class DeviceBudget:
                 known.settled = known.work is not None
                 known.work, rate = read
                 known.rate = known.rate or rate  # the first: copies followed one another
+                known.reading = reading
                 known.room = -1
         return self._choose(component)
 
@@ -189,33 +205,33 @@ class DeviceBudget:
 
 def _best(component: Component, room: int, known: _Known) -> tuple[Choice, Forecast | None]:
     """The fastest use of `room` bytes: units to keep, or a larger arena; the choice before, if it is as good."""
-    units, work, rate = component.streamed, known.work, known.rate
+    units, work = component.streamed, known.work
     sizes = [unit.nbytes for unit in units]
-    if work is None or rate is None:
+    if work is None or known.rate is None:
         return Choice(frozenset(units[i] for i in choose_kept(sizes, room))), None
+    floats = bool(units) and units[0].floats
+    lookahead = LOOKAHEAD if floats else None
+    reading = known.reading
+    copying = Copying(known.rate, lookahead=lookahead, reads=reading.seconds, slots=reading.slots)
     before = known.choice
     best: tuple[Choice, Forecast] | None = None
     if known.settled and sum(unit.nbytes for unit in before.kept) + before.slack <= room:
-        best = before, _forecast(component, before, work, rate)
-    floats = bool(units) and units[0].floats
-    lookahead = LOOKAHEAD if floats else None
+        best = before, _forecast(component, before, work, copying)
     base = capacity_for([unit.nbytes for unit in component.homed])
     for slots in range(1 if floats else _EXTRA_SLOTS + 1):
         slack = slots * max(sizes)
         if slack > room:
             break
-        stay = choose_stay(work, room - slack, base + slack, rate, lookahead=lookahead)
+        stay = choose_stay(work, room - slack, base + slack, copying)
         choice = Choice(frozenset(units[i] for i in stay), slack)
-        forecast = _forecast(component, choice, work, rate)
+        forecast = _forecast(component, choice, work, copying)
         if best is None or forecast.step < best[1].step * (1 - _BETTER):  # a smaller arena, unless it costs
             best = choice, forecast
     return best
 
 
-def _forecast(component: Component, choice: Choice, work: Work, rate: float) -> Forecast:
-    units = component.streamed
-    stay = [i for i, unit in enumerate(units) if unit in choice.kept]
-    if units and units[0].floats:
-        return simulate(work, stay, [], rate, lookahead=LOOKAHEAD)
+def _forecast(component: Component, choice: Choice, work: Work, copying: Copying) -> Forecast:
+    stay = [i for i, unit in enumerate(component.streamed) if unit in choice.kept]
     capacity = capacity_for([unit.nbytes for unit in component.homed]) + choice.slack
-    return simulate(work, stay, place(work, stay, capacity), rate)
+    homes = place(work, stay, capacity) if copying.lookahead is None else []
+    return simulate(work, stay, homes, copying)

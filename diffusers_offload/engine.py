@@ -72,7 +72,7 @@ class Engine:
             withdraw=self._withdraw,
             forget=self._forget,
         )
-        self.keeping = Keeping(budget, streams, self.roster, self.homes, self._drop, self.prefetch)
+        self.keeping = Keeping(budget, streams, self.roster, self.homes, self.disk, self._drop, self.prefetch)
         self._using: list[Unit] = []  # whose forwards are under way, innermost last
         self._random: Any = None  # the generators' state when the outermost forward began
         self.suspended: set[torch.nn.Module] = set()  # components that are being edited, and must not run
@@ -256,14 +256,15 @@ class Engine:
         self.counters.uses += 1
         missed = unit.state is State.OFFLOADED
         stream = self.streams.current()
-        if missed:
-            self.counters.misses += 1
-            self._load(unit, self.arena.overwritten_by(unit), stream)
-        if self.counters.timing:
-            self.counters.arrive(unit, stream)
+        arrival = self.counters.arrive(stream) if self.counters.timing else None
         watch = self._transfers.stopwatch
         if watch is not None:
             watch.arrives(unit, stream)
+        if missed:  # this may wait for the disk
+            self.counters.misses += 1
+            self._load(unit, self.arena.overwritten_by(unit), stream)
+        if arrival is not None:
+            self.counters.waits(unit, arrival)
         stream.wait_event(unit.ready)
         if watch is not None:
             watch.starts(unit, stream)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .budget import Choice, DeviceBudget
+from .budget import Choice, DeviceBudget, Reading
 from .component import Component, Unit
 from .homes import Homes
 from .recovery import is_out_of_memory
 from .roster import Roster
 from .streams import Streams
+
+if TYPE_CHECKING:
+    from .tiers.disk import DiskTier
 
 
 class Keeping:
@@ -18,6 +21,7 @@ class Keeping:
 
     Args:
         budget: decides; None where nobody has set a bound.
+        disk: where weights are kept on disk, if any may be.
         drop: frees a unit's bytes.
         prefetch: queues what can be loaded next.
     """
@@ -28,6 +32,7 @@ class Keeping:
         streams: Streams,
         roster: Roster,
         homes: Homes,
+        disk: DiskTier | None,
         drop: Callable[[Unit], None],
         prefetch: Callable[[], None],
     ) -> None:
@@ -35,6 +40,8 @@ class Keeping:
         self._streams = streams
         self._roster = roster
         self._homes = homes
+        self._disk = disk
+        self._read = (0, 0.0)  # bytes and seconds when the forward under way began
         self._drop = drop
         self._prefetch = prefetch
 
@@ -51,6 +58,8 @@ class Keeping:
         if component.streamed:
             own = self.standing_bytes(component) + component.kept_bytes
             choice = self.budget.begin(component, shapes, own)
+        if self._disk is not None:
+            self._read = self._disk.read_so_far
         self.follow(component, choice)
         return self.budget.stopwatch
 
@@ -61,7 +70,8 @@ class Keeping:
         if not completed:
             self.budget.abandon()
             return
-        choice = self.budget.end(component, self.weights_on_device(), self._homes.extra)
+        reading = self._reading(component)
+        choice = self.budget.end(component, self.weights_on_device(), self._homes.extra, reading)
         try:
             self.follow(component, choice)
         except RuntimeError as error:  # the memory was promised by measurements alone
@@ -109,6 +119,23 @@ class Keeping:
         """Weights on the device while `component` runs, but for what it keeps by way of the budget."""
         residents = sum(c.resident_bytes for c in self._roster.components)
         return residents + self._homes.arena.capacity + component.stem_bytes
+
+    def _reading(self, component: Component) -> Reading:
+        """What the disk is read for, at the rate that it had in this forward."""
+        if self._disk is None or not component.on_disk:
+            return Reading()
+        total, before = self._disk.read_so_far, self._read
+        read, seconds = (now - then for now, then in zip(total, before, strict=True))
+        if not seconds:
+            read, seconds = total
+        if not read:
+            return Reading()
+        per_byte = seconds / read
+        passing = self._disk.reads(component.streamed)
+        times = (
+            unit.nbytes * per_byte * reads for unit, reads in zip(component.streamed, passing, strict=True)
+        )
+        return Reading(tuple(times), self._disk.slots)
 
     def forget(self, component: Component) -> None:
         """The component is here no longer."""

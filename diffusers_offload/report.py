@@ -204,11 +204,15 @@ class Counters:
             self._copies[-1] = (self._copies[-1][0], end)
             self._ends[unit] = end
 
-    def arrive(self, unit: Unit, stream: Any) -> None:
-        """`stream` is about to wait for `unit`."""
-        if self.timing and unit in self._ends:
-            arrival = self.streams.event(timing=True)
-            arrival.record(stream)
+    def arrive(self, stream: Any) -> Any:
+        """`stream` is about to ask for a unit; returns what `waits` wants."""
+        arrival = self.streams.event(timing=True)
+        arrival.record(stream)
+        return arrival
+
+    def waits(self, unit: Unit, arrival: Any) -> None:
+        """Since `arrival` it waits for `unit`."""
+        if unit in self._ends:
             self._waits.append((arrival, self._ends.pop(unit)))
 
     def times(self) -> tuple[float | None, float | None]:

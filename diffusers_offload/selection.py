@@ -12,7 +12,7 @@ from itertools import accumulate, combinations
 from math import log2
 
 from .planner import choose_kept, keep_pace
-from .timeline import LATENCY, Work, place, simulate
+from .timeline import Copying, Work, place, simulate
 
 _WORTH = 0.005  # of a step: what a choice must gain over the even spread, the least sensitive to wrong times
 _BETTER = 0.0005  # of a step: what one must gain over another
@@ -21,28 +21,21 @@ _TRIALS = 1024  # choices played through at most ...
 _USES = 20_000  # ... and uses in them, which bounds the time for long cycles
 
 
-def choose_stay(
-    work: Work,
-    room: int,
-    capacity: int,
-    rate: float,
-    latency: float = LATENCY,
-    lookahead: int | None = None,
-) -> frozenset[int]:
+def choose_stay(work: Work, room: int, capacity: int, copying: Copying) -> frozenset[int]:
     """Which units of a cycle to keep on the device; the same ones each time.
 
     Args:
         room: bytes that may be kept; the units chosen never exceed it.
-        capacity: bytes of the arena that the others take turns in; ignored with `lookahead`.
-        rate, latency, lookahead: as for `timeline.simulate`.
+        capacity: bytes of the arena that the others take turns in; ignored where they have no homes there.
     """
     if sum(work.sizes) <= room:
         return frozenset(range(len(work.sizes)))
-    trials = _Trials(work, room, capacity, (rate, latency, lookahead))
+    trials = _Trials(work, room, capacity, copying)
     order = work.streamed()
     trials.play(order[at] for at in choose_kept([work.sizes[unit] for unit in order], room))
     even, even_step = trials.best, trials.step
-    for stay in _all(work, room) if len(order) <= _FEW else _spreads(work, room):
+    read = copying.read_in(work, ())
+    for stay in _all(work, room) if len(order) <= _FEW else _spreads(work, room, read):
         if trials.over:
             break
         trials.play(stay)
@@ -54,9 +47,7 @@ def choose_stay(
 class _Trials:
     """Choices played through, and the best of them."""
 
-    def __init__(
-        self, work: Work, room: int, capacity: int, copying: tuple[float, float, int | None]
-    ) -> None:
+    def __init__(self, work: Work, room: int, capacity: int, copying: Copying) -> None:
         self.work = work
         self.room = room
         self.best: frozenset[int] = frozenset()
@@ -64,12 +55,22 @@ class _Trials:
         self._capacity = capacity
         self._copying = copying
         self._left = min(_TRIALS, max(1, _USES // max(1, len(work.order))))
-        # What the arena holds may be there still in the next cycle, the rest cannot.
-        self._floor = max(work.seconds, (sum(work.sizes) - room - capacity) / copying[0])
+        self._floor = max(work.seconds, self._least_copying(), self._least_reading())
         self._seen: set[frozenset[int]] = set()
         self._homes: dict[
             tuple[int, ...], list[int]
         ] = {}  # by the sizes that stream: many choices share them
+
+    def _least_copying(self) -> float:
+        # What the arena holds may be there still in the next cycle, the rest cannot.
+        return (sum(self.work.sizes) - self.room - self._capacity) / self._copying.rate
+
+    def _least_reading(self) -> float:
+        reads = {unit: self._copying.reads[unit] for unit in self._copying.read_in(self.work, ())}
+        if not reads:
+            return 0.0
+        spared = self.room * max(seconds / max(1, self.work.sizes[unit]) for unit, seconds in reads.items())
+        return sum(reads.values()) - spared - self._copying.slots * max(reads.values())
 
     @property
     def over(self) -> bool:
@@ -83,9 +84,8 @@ class _Trials:
             return False
         self._seen.add(stay)
         self._left -= 1
-        rate, latency, lookahead = self._copying
-        homes = self._place(stay) if lookahead is None else ()
-        step = simulate(self.work, stay, homes, rate, latency, lookahead).step
+        homes = self._place(stay) if self._copying.lookahead is None else ()
+        step = simulate(self.work, stay, homes, self._copying).step
         if step >= self.step * (1 - _BETTER):
             return False
         self.best, self.step = stay, step
@@ -107,9 +107,17 @@ def _all(work: Work, room: int) -> Iterator[tuple[int, ...]]:
                 yield units
 
 
-def _spreads(work: Work, room: int) -> Iterator[set[int]]:
-    """Choices worth a trial, the likeliest first."""
+def _spreads(work: Work, room: int, read: Collection[int]) -> Iterator[set[int]]:
+    """Choices worth a trial, the likeliest first.
+
+    Args:
+        read: units that are read from disk unless they stay.
+    """
     order, sizes, seconds = work.streamed(), work.sizes, _seconds(work)
+    slowest = [unit for unit in order if unit in read]
+    for phase in (0.0, 0.5) if slowest else ():
+        spread = _spread(work, slowest, min(room, sum(sizes[unit] for unit in slowest)), sizes, phase)
+        yield _fill(work, room, spread, [*slowest, *order])
     for phase in (0.0, 0.5, 0.25, 0.75):
         for units in (order, order[::-1]):
             for pace in (sizes, seconds):

@@ -1,7 +1,8 @@
-"""A cycle of computing and copying, played through beforehand: how long it takes. Pure functions.
+"""A cycle of computing, copying and reading, played through beforehand: how long it takes. Pure functions.
 
-A cycle is one denoising step: the units compute one after the other, and one load engine copies those that
-do not stay on the device, in the order of their use. Sizes are in bytes, times in seconds.
+A cycle is one denoising step: the units compute one after the other, one load engine copies those that do not
+stay on the device, in the order of their use, and one disk is read, in that order, for those that the host does
+not hold. Sizes are in bytes, times in seconds.
 """
 
 from __future__ import annotations
@@ -53,46 +54,62 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Copying:
+    """How what does not stay gets to the device.
+
+    Attributes:
+        rate: bytes a second that the load engine copies.
+        latency: seconds that each copy takes besides.
+        lookahead: bytes that may be loaded or loading for later uses. For units that have no home but get
+            a buffer for each use; one that is larger is loaded when no other waits.
+        reads: seconds that the disk takes for each unit, 0 for those that the host holds; empty if it holds all.
+        slots: host buffers that what is read passes through, one after the other.
+    """
+
+    rate: float
+    latency: float = LATENCY
+    lookahead: int | None = None
+    reads: tuple[float, ...] = ()
+    slots: int = 1
+
+    def read_in(self, work: Work, stay: Collection[int]) -> set[int]:
+        """The units that the disk is read for in each cycle: none if the slots hold them all."""
+        units = {unit for unit in work.streamed(stay) if self.reads and self.reads[unit]}
+        return units if len(units) > self.slots else set()
+
+
+@dataclass(frozen=True)
 class Forecast:
     """A cycle in steady state, in seconds.
 
     Attributes:
         step: from one cycle's start to the next one's.
         transfer: of it, the load engine is copying.
+        reading: of it, the disk is read.
         stall: of it, computing waits for a copy.
         stalls: the same for each use.
     """
 
     step: float
     transfer: float
+    reading: float
     stall: float
     stalls: tuple[float, ...]
 
 
-def simulate(
-    work: Work,
-    stay: Collection[int],
-    homes: Sequence[int],
-    rate: float,
-    latency: float = LATENCY,
-    lookahead: int | None = None,
-) -> Forecast:
+def simulate(work: Work, stay: Collection[int], homes: Sequence[int], copying: Copying) -> Forecast:
     """How long a cycle takes once it repeats.
 
     Args:
         stay: units that are on the device always.
         homes: offset in the arena of each of `work.streamed(stay)`, as `arena.assign_homes` gives them;
-            ignored with `lookahead`.
-        rate: bytes a second that the load engine copies.
-        latency: seconds that each copy takes besides.
-        lookahead: bytes that may be loaded or loading for later uses. For units that have no home but get
-            a buffer for each use; one that is larger is loaded when no other waits.
+            ignored where units have none (`copying.lookahead`).
     """
-    if lookahead is None:
+    if copying.lookahead is None:
         waits = _waits_in_arena(work, dict(zip(work.streamed(stay), homes, strict=True)))
     else:
-        waits = _waits_for_buffers(work, stay, lookahead)
-    return _play(work, waits, rate, latency)
+        waits = _waits_for_buffers(work, stay, copying.lookahead)
+    return _play(work, waits, copying.read_in(work, stay), copying)
 
 
 def place(work: Work, stay: Collection[int], capacity: int) -> list[int]:
@@ -142,49 +159,78 @@ def _waits_for_buffers(work: Work, stay: Collection[int], lookahead: int) -> dic
     return waits
 
 
-def _play(work: Work, waits: dict[int, tuple[int, int]], rate: float, latency: float) -> Forecast:
-    """Play cycles until one is like one before."""
+def _play(work: Work, waits: dict[int, tuple[int, int]], read: Collection[int], copying: Copying) -> Forecast:
+    """Play cycles until one is like one before.
+
+    Args:
+        waits: for each use that is copied for, the uses whose end and start that copy waits for.
+        read: the units that are read from disk before they are copied.
+    """
     count = len(work.order)
     if not waits:
-        return Forecast(work.seconds, 0.0, 0.0, (0.0,) * count)
+        return Forecast(work.seconds, 0.0, 0.0, 0.0, (0.0,) * count)
+    reading = [use for use in sorted(waits) if work.order[use] in read]
+    # A slot is free for the next read when the use that had it before was copied.
+    slots = min(copying.slots, len(reading))
+    slot_of = {use: reading[at - slots] for at, use in enumerate(reading)}
     rows = []
     for use, unit in enumerate(work.order):
-        copy = latency + work.sizes[unit] / rate if use in waits else None
-        rows.append((use, copy, *waits.get(use, (0, 0)), work.gaps[use - 1], work.compute[use]))
+        copy = copying.latency + work.sizes[unit] / copying.rate if use in waits else None
+        fetch = copying.reads[unit] if use in slot_of else None
+        waiting = waits.get(use, (0, 0))
+        rows.append((use, copy, fetch, slot_of.get(use, 0), *waiting, work.gaps[use - 1], work.compute[use]))
     transfer = sum(copy for _, copy, *_ in rows if copy is not None)
+    disk = sum(fetch for _, _, fetch, *_ in rows if fetch is not None)
     # Overwritten in place: at an index not reached yet, the cycle before is still there to wait for.
-    starts, ends = [0.0] * count, [0.0] * count
-    now = loaded = 0.0
-    cycles: list[tuple[float, float, list[float]]] = []  # all that the next cycle depends on
+    starts, ends, copied = [0.0] * count, [0.0] * count, [0.0] * count
+    now = loaded = arrived = 0.0
+    cycles: list[_Cycle] = []
     while True:
         stalls = [0.0] * count
-        for use, copy, end, start, gap, compute in rows:
+        for use, copy, fetch, slot, end, start, gap, compute in rows:
             begin = now + gap
             if copy is not None:
-                loaded = max(loaded, ends[end], starts[start]) + copy
+                loaded = max(loaded, ends[end], starts[start])
+                if fetch is not None:
+                    arrived = max(arrived, copied[slot]) + fetch
+                    loaded = max(loaded, arrived)
+                loaded += copy
+                copied[use] = loaded
                 if loaded > begin:
                     stalls[use] = loaded - begin
                     begin = loaded
             starts[use] = begin
             ends[use] = now = begin + compute
-        cycles.append((now, loaded - now, stalls))
+        cycles.append(_Cycle(now, loaded - now, arrived - now if reading else 0.0, stalls))
         period = _period(cycles)
         if period or len(cycles) == _CYCLES:
             break
     # One that drifts on (the copies take a little longer than the computing) has its limits known anyway.
     period = period or _CYCLES // 2
-    step = max((now - cycles[-1 - period][0]) / period, work.seconds, transfer)
-    mean = tuple(sum(each) / period for each in zip(*(s for _, _, s in cycles[-period:]), strict=True))
-    return Forecast(step, transfer, step - work.seconds, mean)
+    step = max((now - cycles[-1 - period].end) / period, work.seconds, transfer, disk)
+    mean = tuple(sum(each) / period for each in zip(*(c.stalls for c in cycles[-period:]), strict=True))
+    return Forecast(step, transfer, disk, step - work.seconds, mean)
 
 
-def _period(cycles: list[tuple[float, float, list[float]]]) -> int:
+@dataclass(frozen=True)
+class _Cycle:
+    """All that the next cycle depends on: how far copies and reads are ahead of the computing, and the waits."""
+
+    end: float
+    copies_ahead: float
+    reads_ahead: float
+    stalls: list[float]
+
+
+def _period(cycles: list[_Cycle]) -> int:
     """How many cycles ago it was like in the last one, or 0."""
-    now, lead, stalls = cycles[-1]
-    close = _SAME * now / len(cycles)
-    for period, (_, lead_then, stalls_then) in enumerate(reversed(cycles[:-1]), 1):
-        if abs(lead - lead_then) < close and all(
-            abs(a - b) < close for a, b in zip(stalls, stalls_then, strict=True)
+    last = cycles[-1]
+    close = _SAME * last.end / len(cycles)
+    for period, then in enumerate(reversed(cycles[:-1]), 1):
+        if (
+            abs(last.copies_ahead - then.copies_ahead) < close
+            and abs(last.reads_ahead - then.reads_ahead) < close
+            and all(abs(a - b) < close for a, b in zip(last.stalls, then.stalls, strict=True))
         ):
             return period
     return 0

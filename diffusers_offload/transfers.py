@@ -71,12 +71,13 @@ class Transfers:
         before = streams.switch(streams.load, current)
         try:
             unit.weights.place(buffer)  # on this stream: to torch's sanitizer, making views is writing
+            host = unit.weights.host
+            on_disk = isinstance(host, DiskMemory)
+            source = self.disk.fetch(host) if on_disk else host
             if counters.timing:
                 counters.depart(streams.load)
             began = self.stopwatch.departs(streams.load) if self.stopwatch is not None else None
-            host = unit.weights.host
-            on_disk = isinstance(host, DiskMemory)
-            (self.disk if on_disk else self.tier).load(host, buffer)
+            self.tier.load(source, buffer)
             if on_disk:
                 unit.weights.renew_written()
             unit.ready.record(streams.load)

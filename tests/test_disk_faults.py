@@ -118,10 +118,9 @@ def test_what_is_on_its_way_to_the_device_is_not_overwritten(policy, tmp_path, m
         buffer.used, buffer.copied = True, InlineEvent()
     tier._room(hosts[0])  # finds that all copies are done
     held = [host for host in hosts if host.key in tier._cache and host.key in tier._lying]
-    destination = torch.empty(held[0].bytes.numel(), dtype=torch.uint8)
     monkeypatch.setattr(InlineEvent, "query", lambda self: False)
     for host in held:
-        tier.load(host, destination)
+        tier.fetch(host)
         tier.loaded(host, InlineEvent())
     for host in hosts:
         if host.key not in tier._lying:

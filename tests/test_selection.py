@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from diffusers_offload.arena import capacity_for
 from diffusers_offload.planner import choose_kept, choose_residents, keep_pace
 from diffusers_offload.selection import choose_stay
-from diffusers_offload.timeline import Work, place, simulate
+from diffusers_offload.timeline import Copying, Work, place, simulate
 
 MIB = 2**20
 RATE = 55.5e9
@@ -25,11 +25,11 @@ def wan(block=11.5e-3):
 
 
 def step(work, stay, rate=RATE):
-    return simulate(work, stay, place(work, stay, capacity_for(work.sizes)), rate).step
+    return simulate(work, stay, place(work, stay, capacity_for(work.sizes)), Copying(rate)).step
 
 
 def chosen(work, room, rate=RATE):
-    return choose_stay(work, room, capacity_for(work.sizes), rate)
+    return choose_stay(work, room, capacity_for(work.sizes), Copying(rate))
 
 
 def evenly(work, room):
@@ -86,8 +86,8 @@ def test_less_room_is_never_faster_for_real_models(work):
 
 def test_everything_stays_where_everything_fits():
     work = Work((3, 4, 5), (1.0,) * 3, (0.0,) * 3)
-    assert choose_stay(work, 12, 512, RATE) == {0, 1, 2}
-    assert choose_stay(work, 11, 512, RATE) < {0, 1, 2}
+    assert choose_stay(work, 12, 512, Copying(RATE)) == {0, 1, 2}
+    assert choose_stay(work, 11, 512, Copying(RATE)) < {0, 1, 2}
 
 
 def test_the_even_spread_stays_where_nothing_is_to_be_gained():
@@ -118,10 +118,29 @@ def test_times_a_little_off_do_not_spoil_the_choice():
 def test_floating_units_are_chosen_too():
     work = flux()
     room = sum(work.sizes) // 2
-    stay = choose_stay(work, room, 0, RATE, lookahead=648 * MIB)
+    stay = choose_stay(work, room, 0, Copying(RATE, lookahead=648 * MIB))
     assert sum(work.sizes[unit] for unit in stay) <= room
-    forecasts = [simulate(work, each, (), RATE, lookahead=648 * MIB) for each in (stay, evenly(work, room))]
+    forecasts = [
+        simulate(work, each, (), Copying(RATE, lookahead=648 * MIB)) for each in (stay, evenly(work, room))
+    ]
     assert forecasts[0].step <= forecasts[1].step
+
+
+def test_what_the_host_does_not_hold_stays_first():
+    work = flux()
+    reads = tuple(0.0 if unit % 3 else size / 2.1e9 for unit, size in enumerate(work.sizes))
+    copying = Copying(RATE, reads=reads, slots=3)
+    capacity, read = (
+        capacity_for(work.sizes),
+        sum(size for size, each in zip(work.sizes, reads, strict=True) if each),
+    )
+    stay = choose_stay(work, read // 2, capacity, copying)
+    assert all(reads[unit] for unit in stay)
+    forecast = simulate(work, stay, place(work, stay, capacity), copying)
+    assert forecast.reading < sum(reads) * 0.53
+    assert forecast.step < forecast.reading * 1.05
+    everything_read = choose_stay(work, read, capacity, copying)
+    assert simulate(work, everything_read, place(work, everything_read, capacity), copying).reading == 0
 
 
 def test_choosing_takes_no_longer_than_a_step():

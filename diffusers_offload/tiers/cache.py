@@ -76,6 +76,12 @@ class Cache:
         stay = choose_static([sizes[key] for key in keys], self.capacity) if self.policy == "static" else ()
         self.chosen = frozenset(keys[at] for at in stay)
 
+    def passing(self, sizes: Mapping[Hashable, int]) -> frozenset[Hashable]:
+        """Those that are never held when they are used, if these are used in a cycle, whatever is held now."""
+        if self.policy == "static":
+            return frozenset(sizes) - self.chosen
+        return frozenset() if sum(sizes.values()) <= self.capacity else frozenset(sizes)
+
     def wanted(self, key: Hashable) -> bool:
         """A unit is used: whether it is held. Counted."""
         if key not in self._held:

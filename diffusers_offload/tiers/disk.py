@@ -16,8 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .. import slab
 from ..report import DiskReport
 from . import blockfile
@@ -26,7 +24,7 @@ from .cache import Cache, share_out
 from .header import PAGE
 from .mapped import DiskMemory, MappedPart, map_file, map_part, mapped_already, names_in
 from .pinned import HostMemory, PinnedTier, map_memory
-from .reader import Read, Reader
+from .reader import Read, Reader, ReaderCounters
 from .store import Store, file_name, identity_of
 from .traces import private_bytes
 
@@ -237,6 +235,28 @@ class DiskTier:
             retries=reader.retries if reader else 0,
         )
 
+    def reads(self, units: Sequence[Unit]) -> list[bool]:
+        """Whether each of these is read from disk for every use, when they are used in a cycle."""
+        hosts = [unit.weights.host for unit in units]
+        sizes = {
+            host.key: room_for(host.bytes.numel())
+            for host in hosts
+            if isinstance(host, DiskMemory) and host.key in self._cache.sizes
+        }
+        passing = self._cache.passing(sizes)
+        return [isinstance(host, DiskMemory) and host.key in passing for host in hosts]
+
+    @property
+    def slots(self) -> int:
+        """How many units that pass through can be in host memory at once."""
+        return len(self._slots) + sum(not buffer.kept for buffer in self._lying.values())
+
+    @property
+    def read_so_far(self) -> tuple[int, float]:
+        """(bytes read, seconds in which at least one thread was reading)."""
+        counters = self._reader.counters if self._reader is not None else ReaderCounters()
+        return counters.bytes_read, counters.seconds
+
     def expect(self, coming: Iterable[HostMemory | None]) -> None:
         """Read ahead: these are used next, in this order, as far as there is room.
 
@@ -264,8 +284,8 @@ class DiskTier:
         buffer = self._lying.get(host.key)
         return buffer is not None and buffer.is_ready()
 
-    def load(self, host: DiskMemory, destination: torch.Tensor) -> None:
-        """Queue the copy of a unit to the device; waits for the disk if it has not been read.
+    def fetch(self, host: DiskMemory) -> HostMemory:
+        """Where the host has a unit that is about to be copied; waits for the disk if it has not been read.
 
         Raises:
             DiskReadError: it cannot be read.
@@ -279,8 +299,7 @@ class DiskTier:
         if buffer is None:
             buffer = self._fetch(host, self._count) or self._fetch_at_once(host)
         if buffer is None:  # a stem, which streams past the cache
-            self._pinned.load(HostMemory(host.bytes, False), destination)
-            return
+            return HostMemory(host.bytes, False)
         try:
             buffer.read.wait()
         except BaseException:
@@ -295,9 +314,7 @@ class DiskTier:
         if buffer.kept and not buffer.pinned:  # until the copy is done
             self._cache.pin(host.key)
             buffer.pinned = True
-        self._pinned.load(
-            HostMemory(buffer.memory.bytes[: destination.numel()], buffer.memory.pinned), destination
-        )
+        return HostMemory(buffer.memory.bytes[: host.bytes.numel()], buffer.memory.pinned)
 
     def loaded(self, host: DiskMemory, ready: Any) -> None:
         """The copy is queued, and `ready` recorded behind it."""

@@ -112,23 +112,33 @@ def test_everything_is_given_back():
     assert (THE.memory.allocated, len(THE.pinned)) == (before, pinned)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_what_is_predicted_comes_true(share):
-    """The peak to the byte but for rounding, and the step's seconds on the simulated clock."""
-    blocks = (nn.Sequential(nn.Linear(1024, 2048), nn.GELU(), nn.Linear(2048, 1024)) for _ in range(12))
-    net = odd_nets.Net(*blocks).eval().requires_grad_(False)
+def large_net(count):
+    """`count` blocks of 16 MiB, and what goes in."""
+    blocks = (nn.Sequential(nn.Linear(1024, 2048), nn.GELU(), nn.Linear(2048, 1024)) for _ in range(count))
+    net = odd_nets.Net(*blocks)
     net.embed, net.out = nn.Linear(8, 1024), nn.Linear(1024, 8)
-    net.requires_grad_(False)
+    return net.eval().requires_grad_(False), torch.randn(64, 8).to(DEVICE)
+
+
+def needs(net, x):
+    """(bytes on the device besides, bytes of activations, bytes of weights) of a resident forward."""
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    x = torch.randn(64, 8).to(DEVICE)
     net.to(DEVICE)(x)
     torch.npu.reset_peak_memory_stats()
     before = THE.memory.allocated - weights
     net(x)
     activations = THE.memory.peak_allocated - THE.memory.allocated
     net.to("cpu")
-    limit = before + activations + int(weights * share)
     torch.npu.empty_cache()
+    return before, activations, weights
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_what_is_predicted_comes_true(share):
+    """The peak to the byte but for rounding, and the step's seconds on the simulated clock."""
+    net, x = large_net(12)
+    before, activations, weights = needs(net, x)
+    limit = before + activations + int(weights * share)
     handle = diffusers_offload.enable_block_offload(net, device=DEVICE, max_device_memory=limit)
     for _ in range(6):
         net(x)
@@ -144,4 +154,38 @@ def test_what_is_predicted_comes_true(share):
     assert THE.memory.peak_allocated <= limit
     assert THE.memory.peak_allocated == pytest.approx(prediction.peak_bytes, rel=0.02)
     assert step == pytest.approx(prediction.seconds, rel=0.05)
+    handle.disable()
+
+
+def test_what_stays_is_what_the_disk_would_be_read_for(tmp_path):
+    """Where host memory holds half of the blocks, those that stay on the device are of the other half."""
+    net, x = large_net(16)
+    before, activations, weights = needs(net, x)
+    expected = net.to(DEVICE)(x).cpu()
+    net.to("cpu")
+    handle = diffusers_offload.enable_block_offload(
+        net,
+        device=DEVICE,
+        tier="disk",
+        offload_dir=tmp_path,
+        max_host_memory=weights // 2,
+        max_device_memory=before + activations + weights * 2 // 5,
+    )
+    engine = handle._engine
+    (component,) = engine.components
+    for _ in range(6):
+        assert torch.equal(net(x).cpu(), expected)
+    read = {
+        unit
+        for unit, reads in zip(component.streamed, engine.disk.reads(component.streamed), strict=True)
+        if reads
+    }
+    kept = {unit for unit in component.streamed if unit.keeps}
+    assert 8 <= len(read) < 16 and kept and kept < read
+    left = sum(unit.nbytes for unit in read - kept)
+    read_before, _ = engine.disk.read_so_far
+    for _ in range(4):
+        net(x)
+    read_since = engine.disk.read_so_far[0] - read_before
+    assert read_since == pytest.approx(4 * left, rel=0.1)
     handle.disable()

@@ -119,17 +119,17 @@ def _sample(slab: torch.Tensor, run: Run) -> torch.Tensor:
 
 
 def _count_escapes(slab: torch.Tensor, run: Run, table: Sequence[int]) -> torch.Tensor:
-    """For each block, how many elements have a rare code, and how many are spelled out: int64 (2, blocks)."""
+    """For each block, how many elements have a rare code, and how many are spelled out: int32 (2, blocks)."""
     made = FORMATS[run.format]
     elements = slab[run.start : run.stop].view(made.integer)
     places = _places(table, made, slab.device)
     counts = []
     for chunk in elements.split(_CHUNK):
-        found = places[_exponents(chunk, made)]
+        found = places.index_select(0, _exponents(chunk, made))
         if len(found) % BLOCK:
             found = torch.nn.functional.pad(found, (0, -len(found) % BLOCK))  # 0 is no escape
         found = found.view(-1, BLOCK)
-        counts.append(torch.stack([(found >= COMMON).sum(dim=1), (found == SPELLED).sum(dim=1)]))
+        counts.append(torch.stack([(found >= COMMON).sum(dim=1, dtype=torch.int32), (found == SPELLED).sum(dim=1, dtype=torch.int32)]))
     return torch.cat(counts, dim=1)
 
 
@@ -156,7 +156,7 @@ def _encode(slab: torch.Tensor, piece: Piece, out: torch.Tensor) -> None:
     for first in range(0, len(elements), _CHUNK):
         chunk = elements[first : first + _CHUNK].to(torch.int32)
         exponents = _exponents(chunk, made)
-        found = places[exponents]
+        found = places.index_select(0, exponents)
         _write_rest(chunk, made, streams.rest, first, out)
         _write(out, streams.codes, found.clamp(max=COMMON), 2, first)
         escaped = found >= COMMON
@@ -169,7 +169,7 @@ def _encode(slab: torch.Tensor, piece: Piece, out: torch.Tensor) -> None:
         rare, spelled = rare + len(codes), spelled + len(bytes_)
         pad = -len(found) % BLOCK
         masks = torch.nn.functional.pad(torch.stack([escaped, unnamed]), (0, pad))
-        counts.append(masks.view(2, -1, BLOCK).sum(dim=2))
+        counts.append(masks.view(2, -1, BLOCK).sum(dim=2, dtype=torch.int32))
     per_block = torch.cat(counts, dim=1)
     starts = (per_block.cumsum(dim=1) - per_block).to(torch.int32)
     _put(out, streams.starts, starts.view(-1).view(torch.uint8))

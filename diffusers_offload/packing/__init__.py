@@ -1,0 +1,18 @@
+"""Packs a unit's weights without loss, into pieces that a device unpacks one by one. See docs/packing.md."""
+
+from .packer import Packed, pack
+from .piece import Piece, batches, check, from_json, packed_nbytes, to_json
+from .unpacking import prepare, unpack
+
+__all__ = [
+    "Packed",
+    "Piece",
+    "batches",
+    "check",
+    "from_json",
+    "pack",
+    "packed_nbytes",
+    "prepare",
+    "to_json",
+    "unpack",
+]

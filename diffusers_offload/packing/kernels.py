@@ -1,0 +1,183 @@
+"""Unpacks a coded piece in one launch (Triton). Imported only where a device can run it.
+
+A program decodes one block. It reads the streams whose place is known, then finds each escape's place by counting
+the escapes before it in the block, from where the block's first one is stored. Every position that depends on
+stored bytes is compared with the length of its stream before it is used: whatever the bytes are, nothing is read or
+written outside.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .formats import COMMON, FORMATS
+from .piece import BLOCK, Piece
+
+_WARPS = 8  # 16 elements for each thread
+
+
+@triton.jit
+def _numbers(source, offset, block, left, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """The numbers of a block from the stream at `offset`, int32 (BLOCK,); `left` elements from it on exist.
+
+    Numbers of less than 8 bits come from words of 32: a thread reads one for all of its elements. A stream is
+    padded, so that its last word may be read whole.
+    """
+    if WIDTH >= 8:
+        place = tl.arange(0, BLOCK)
+        start = source + offset + block * (BLOCK * (WIDTH // 8))
+        if WIDTH == 16:
+            start = start.to(tl.pointer_type(tl.int16))
+        numbers = tl.load(start + place) if WHOLE else tl.load(start + place, mask=place < left, other=0)
+        return numbers.to(tl.int32) & ((1 << WIDTH) - 1)
+    each: tl.constexpr = 32 // WIDTH
+    row = tl.arange(0, BLOCK // each)
+    start = (source + offset + block * (BLOCK // 8 * WIDTH)).to(tl.pointer_type(tl.int32))
+    words = tl.load(start + row) if WHOLE else tl.load(start + row, mask=row * each < left, other=0)
+    numbers = (words[:, None] >> (tl.arange(0, each) * WIDTH)[None, :]) & ((1 << WIDTH) - 1)
+    return tl.reshape(numbers, [BLOCK])
+
+
+@triton.jit
+def _block(
+    source,
+    out,
+    block,
+    left,
+    first_rare,
+    first_spelled,
+    rare_nbytes,
+    spelled_nbytes,
+    common_table,
+    rare_table,
+    rarest_table,
+    rest0,
+    rest1,
+    rest2,
+    codes_at,
+    rare_at,
+    spelled_at,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    WIDTH0: tl.constexpr,
+    WIDTH1: tl.constexpr,
+    WIDTH2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    place = tl.arange(0, BLOCK)
+    code = _numbers(source, codes_at, block, left, 2, BLOCK, WHOLE)
+    exponent = (common_table >> (code * 8)) & 255
+
+    escapes = code == 3 if WHOLE else (code == 3) & (place < left)
+    count = escapes.to(tl.int32)
+    bit = (first_rare + tl.cumsum(count, 0) - count) * 3
+    at = bit >> 3
+    low = tl.load(source + rare_at + at, mask=escapes & (at < rare_nbytes), other=0).to(tl.int32)
+    high = tl.load(source + rare_at + at + 1, mask=escapes & (at + 1 < rare_nbytes), other=0).to(tl.int32)
+    rare = ((low | (high << 8)) >> (bit & 7)) & 7
+    named = (tl.where(rare < 4, rare_table, rarest_table) >> ((rare & 3) * 8)) & 255
+    exponent = tl.where(escapes, named, exponent)
+
+    unnamed = escapes & (rare == 7)
+    count = unnamed.to(tl.int32)
+    at = first_spelled + tl.cumsum(count, 0) - count
+    spelled = tl.load(source + spelled_at + at, mask=unnamed & (at < spelled_nbytes), other=0).to(tl.int32)
+    exponent = tl.where(unnamed, spelled, exponent)
+
+    rest = _numbers(source, rest0, block, left, WIDTH0, BLOCK, WHOLE)
+    if WIDTH1 > 0:
+        rest |= _numbers(source, rest1, block, left, WIDTH1, BLOCK, WHOLE) << WIDTH0
+    if WIDTH2 > 0:
+        rest |= _numbers(source, rest2, block, left, WIDTH2, BLOCK, WHOLE) << (WIDTH0 + WIDTH1)
+    sign = (rest >> MANTISSA) << (MANTISSA + EXPONENT)
+    element = sign | ((exponent & ((1 << EXPONENT) - 1)) << MANTISSA) | (rest & ((1 << MANTISSA) - 1))
+    element = element.to(out.dtype.element_ty)
+    if WHOLE:
+        tl.store(out + place, element)
+    else:
+        tl.store(out + place, element, mask=place < left)
+
+
+@triton.jit(do_not_specialize=["elements", "blocks", "rare", "spelled", "common_table", "rare_table", "rarest_table"])
+def _unpack(
+    source,
+    out,
+    elements,
+    blocks,
+    rare,
+    spelled,
+    common_table,
+    rare_table,
+    rarest_table,
+    rest0,
+    rest1,
+    rest2,
+    codes_at,
+    rare_at,
+    spelled_at,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    WIDTH0: tl.constexpr,
+    WIDTH1: tl.constexpr,
+    WIDTH2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    left = elements - block * BLOCK
+    starts = source.to(tl.pointer_type(tl.int32))
+    first_rare = tl.minimum(tl.maximum(tl.load(starts + block), 0), rare)
+    first_spelled = tl.minimum(tl.maximum(tl.load(starts + blocks + block), 0), spelled)
+    rare_nbytes = (rare + 7) // 8 * 3
+    out = out + block * BLOCK
+    # fmt: off
+    if left >= BLOCK:
+        _block(source, out, block, left, first_rare, first_spelled, rare_nbytes, spelled,
+               common_table, rare_table, rarest_table, rest0, rest1, rest2, codes_at, rare_at, spelled_at,
+               EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, True)
+    else:
+        _block(source, out, block, left, first_rare, first_spelled, rare_nbytes, spelled,
+               common_table, rare_table, rarest_table, rest0, rest1, rest2, codes_at, rare_at, spelled_at,
+               EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, False)
+    # fmt: on
+
+
+def launch(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
+    """Queue the kernel that writes the elements of a coded piece.
+
+    Args:
+        staged: uint8, the piece's packed bytes.
+        out: uint8, as long as what the piece holds.
+    """
+    made, streams = FORMATS[piece.format], piece.streams
+    rest = (*streams.rest, 0, 0)
+    widths = (*made.fields, 0, 0)
+    blocks = -(-piece.elements // BLOCK)
+    with torch.get_device_module(staged.device).device(staged.device):
+        _unpack[(blocks,)](
+            staged,
+            out.view(made.integer),
+            piece.elements,
+            blocks,
+            piece.rare,
+            piece.spelled,
+            _word(piece.table[:COMMON]),
+            _word(piece.table[COMMON : COMMON + 4]),
+            _word(piece.table[COMMON + 4 :]),
+            *rest[:3],
+            streams.codes,
+            streams.rare,
+            streams.spelled,
+            made.exponent_bits,
+            made.mantissa_bits,
+            *widths[:3],
+            BLOCK,
+            num_warps=_WARPS,
+        )
+
+
+def _word(exponents: tuple[int, ...]) -> int:
+    """Up to four exponents as the bytes of an int32, the first lowest."""
+    return int.from_bytes(bytes(exponents).ljust(4, b"\0"), "little", signed=True)

@@ -1,0 +1,219 @@
+"""Packs a unit: coded pieces for the tensors that shrink, the other bytes as they are. Torch operations only.
+
+The device is asked twice for numbers: for samples of all exponents, to choose the tables, and for the escapes of
+all blocks, which say where pieces end and how long each is. Then every byte of the result has its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..slab import Layout, align
+from . import cutting
+from .cutting import Run
+from .formats import COMMON, FORMATS, SPELLED, Format, choose_table, symbols
+from .piece import BLOCK, RARE_BITS, SOURCE_ALIGNMENT, Piece, packed_nbytes
+
+SMALLEST = 128 * 1024  # bytes of a tensor worth coding: starting a kernel takes as long as the bus for 300 KiB
+_SAMPLE = 64 * 1024  # exponents that choose a table
+_CHUNK = 1024 * BLOCK  # elements worked on at once: some 30 bytes of scratch for each
+_PRIME = 2_654_435_761  # steps through a tensor so that no stride of its own can hide from the sample
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed unit.
+
+    Attributes:
+        bytes: uint8, on the device of the slab.
+        pieces: in the order of the slab and of `bytes`; what lies in none of them belongs to no tensor.
+        nbytes_raw: of the slab.
+    """
+
+    bytes: torch.Tensor
+    pieces: tuple[Piece, ...]
+    nbytes_raw: int
+
+
+def pack(slab: torch.Tensor, layout: Layout, slot_nbytes: int, smallest: int = SMALLEST) -> Packed:
+    """Pack the tensors of `layout`, which lie in `slab`. The same tensors give the same bytes.
+
+    Args:
+        slab: uint8, contiguous, at least `layout.nbytes` long, on any device.
+        slot_nbytes: packed bytes of a piece, at most.
+        smallest: bytes of a tensor that is coded; smaller ones are kept as they are.
+
+    Raises:
+        ValueError: the slab is no such tensor, the layout contradicts itself, or the slot has no useful size.
+    """
+    cutting.check_slot(slot_nbytes)
+    if slab.dtype != torch.uint8 or slab.dim() != 1 or not slab.is_contiguous() or len(slab) < layout.nbytes:
+        raise ValueError("a slab is a contiguous uint8 tensor with one dimension, as long as its layout")
+    with torch.no_grad():
+        runs = cutting.find_runs(layout, smallest)
+        cuts = _cut_coded(slab, [run for run in runs if run.format is not None], slot_nbytes)
+        kept = cutting.join([run if cuts.get(run) else replace(run, format=None) for run in runs])
+        pieces: list[Piece] = []
+        for run in kept:
+            base = packed_nbytes(pieces)
+            cut = cuts[run] if run.format is not None else cutting.cut_plain(run, slot_nbytes)
+            pieces.extend(replace(piece, source=piece.source + base) for piece in cut)
+        out = torch.zeros(packed_nbytes(pieces), dtype=torch.uint8, device=slab.device)
+        for piece in pieces:
+            into = out[piece.source : piece.source + piece.nbytes]
+            if piece.format is not None:
+                _encode(slab, piece, into)
+        _copy_plain(slab, layout, pieces, out)
+    return Packed(out, tuple(pieces), layout.nbytes)
+
+
+def _copy_plain(slab: torch.Tensor, layout: Layout, pieces: Sequence[Piece], out: torch.Tensor) -> None:
+    """Copy what is kept as it is, region by region: what lies between them is anything, and stays zero here."""
+    plain = iter([piece for piece in pieces if piece.format is None])
+    piece = next(plain, None)
+    for region in sorted(layout.regions, key=lambda region: region.offset):
+        end = region.offset + region.nbytes
+        while piece is not None and piece.start < end:
+            start, stop = max(piece.start, region.offset), min(piece.stop, end)
+            if start < stop:
+                at = piece.source + start - piece.start
+                out[at : at + stop - start].copy_(slab[start:stop])
+            if piece.stop > end:
+                break
+            piece = next(plain, None)
+
+
+# --- what the host has to know ----------------------------------------------------------------------------
+
+
+def _cut_coded(slab: torch.Tensor, runs: Sequence[Run], slot_nbytes: int) -> dict[Run, list[Piece]]:
+    """The pieces of each run that shrinks enough; their sources count from the run's first packed byte."""
+    if not runs:
+        return {}
+    counts = torch.stack([_sample(slab, run) for run in runs]).tolist()
+    tables = [choose_table(row[: FORMATS[run.format].exponents]) for row, run in zip(counts, runs, strict=True)]
+    escapes = [_count_escapes(slab, run, table) for run, table in zip(runs, tables, strict=True)]
+    told = torch.cat(escapes, dim=1).tolist()
+    cuts, first = {}, 0
+    for run, table, each in zip(runs, tables, escapes, strict=True):
+        last = first + each.shape[1]
+        rare, spelled = (row[first:last] for row in told)
+        cuts[run] = cutting.cut_coded(run, table, rare, spelled, slot_nbytes)
+        first = last
+    return cuts
+
+
+def _sample(slab: torch.Tensor, run: Run) -> torch.Tensor:
+    """How often each exponent occurs in a sample of the run: int64 (256,)."""
+    made = FORMATS[run.format]
+    elements = slab[run.start : run.stop].view(made.integer)
+    if len(elements) > _SAMPLE:
+        steps = torch.arange(_SAMPLE, device=slab.device)
+        elements = elements[steps * _PRIME % len(elements)]
+    exponents = _exponents(elements, made)
+    every = torch.arange(256, dtype=exponents.dtype, device=slab.device)
+    return (exponents.unsqueeze(0) == every.unsqueeze(1)).sum(dim=1)
+
+
+def _count_escapes(slab: torch.Tensor, run: Run, table: Sequence[int]) -> torch.Tensor:
+    """For each block, how many elements have a rare code, and how many are spelled out: int32 (2, blocks)."""
+    made = FORMATS[run.format]
+    elements = slab[run.start : run.stop].view(made.integer)
+    places = _places(table, made, slab.device)
+    counts = []
+    for chunk in elements.split(_CHUNK):
+        found = places.index_select(0, _exponents(chunk, made))
+        if len(found) % BLOCK:
+            found = torch.nn.functional.pad(found, (0, -len(found) % BLOCK))  # 0 is no escape
+        found = found.view(-1, BLOCK)
+        counts.append(torch.stack([(found >= COMMON).sum(dim=1, dtype=torch.int32), (found == SPELLED).sum(dim=1, dtype=torch.int32)]))
+    return torch.cat(counts, dim=1)
+
+
+def _exponents(elements: torch.Tensor, made: Format) -> torch.Tensor:
+    """int32, one for each element."""
+    return (elements.to(torch.int32) >> made.mantissa_bits) & (made.exponents - 1)
+
+
+def _places(table: Sequence[int], made: Format, device: torch.device) -> torch.Tensor:
+    return torch.tensor(symbols(table, made.exponents), dtype=torch.uint8, device=device)
+
+
+# --- one coded piece --------------------------------------------------------------------------------------
+
+
+def _encode(slab: torch.Tensor, piece: Piece, out: torch.Tensor) -> None:
+    """Write the streams of `piece` into `out` (uint8, `piece.nbytes` zeros)."""
+    made, streams = FORMATS[piece.format], piece.streams
+    elements = slab[piece.start : piece.stop].view(made.integer)
+    places = _places(piece.table, made, slab.device)
+    rare_codes = torch.zeros(align(piece.rare, 8), dtype=torch.uint8, device=slab.device)
+    rare = spelled = 0
+    counts = []
+    for first in range(0, len(elements), _CHUNK):
+        chunk = elements[first : first + _CHUNK].to(torch.int32)
+        exponents = _exponents(chunk, made)
+        found = places.index_select(0, exponents)
+        _write_rest(chunk, made, streams.rest, first, out)
+        _write(out, streams.codes, found.clamp(max=COMMON), 2, first)
+        escaped = found >= COMMON
+        unnamed = found == SPELLED
+        codes = found[escaped] - COMMON
+        rare_codes[rare : rare + len(codes)] = codes
+        bytes_ = exponents[unnamed].to(torch.uint8)
+        at = streams.spelled + spelled
+        out[at : at + len(bytes_)] = bytes_
+        rare, spelled = rare + len(codes), spelled + len(bytes_)
+        pad = -len(found) % BLOCK
+        masks = torch.nn.functional.pad(torch.stack([escaped, unnamed]), (0, pad))
+        counts.append(masks.view(2, -1, BLOCK).sum(dim=2, dtype=torch.int32))
+    per_block = torch.cat(counts, dim=1)
+    starts = (per_block.cumsum(dim=1) - per_block).to(torch.int32)
+    _put(out, streams.starts, starts.view(-1).view(torch.uint8))
+    _write_rare(out, streams.rare, rare_codes)
+
+
+def _write_rest(chunk: torch.Tensor, made: Format, offsets: Sequence[int], first: int, out: torch.Tensor) -> None:
+    """Write sign and mantissa of `chunk` (int32), whose first element is the piece's `first`."""
+    sign = (chunk >> (8 * made.itemsize - 1) & 1) << made.mantissa_bits
+    rest = (chunk & ((1 << made.mantissa_bits) - 1)) | sign
+    for offset, width in zip(offsets, made.fields, strict=True):
+        low = rest & ((1 << width) - 1)
+        if width == 16:
+            _put(out, offset + 2 * first, low.to(torch.int16).view(torch.uint8))
+        else:
+            _write(out, offset, low.to(torch.uint8), width, first)
+        rest = rest >> width
+
+
+def _write(out: torch.Tensor, offset: int, values: torch.Tensor, width: int, first: int) -> None:
+    """Write `values` (uint8) with `width` bits each (1, 2, 4 or 8), lowest bits first, from the `first` on.
+
+    `first` is a multiple of `BLOCK`, hence at the start of a byte.
+    """
+    each = 8 // width
+    if each > 1:
+        values = torch.nn.functional.pad(values, (0, -len(values) % each)).view(-1, each)
+        packed = values[:, 0].clone()
+        for place in range(1, each):
+            packed |= values[:, place] << (place * width)
+        values = packed
+    _put(out, offset + first * width // 8, values)
+
+
+def _write_rare(out: torch.Tensor, offset: int, codes: torch.Tensor) -> None:
+    """Write codes of 3 bits one behind the other, 8 codes in 3 bytes, lowest bits first."""
+    for first in range(0, len(codes), _CHUNK):
+        eight = codes[first : first + _CHUNK].view(-1, 8).to(torch.int32)
+        word = eight[:, 0].clone()
+        for place in range(1, 8):
+            word |= eight[:, place] << (RARE_BITS * place)
+        three = torch.stack([word & 255, word >> 8 & 255, word >> 16], dim=1).to(torch.uint8).view(-1)
+        _put(out, offset + first * RARE_BITS // 8, three)
+
+
+def _put(out: torch.Tensor, offset: int, values: torch.Tensor) -> None:
+    out[offset : offset + len(values)] = values

@@ -1,0 +1,84 @@
+"""Unpacks a piece by the fastest way that its device has: the kernel if there is one that proved itself."""
+
+from __future__ import annotations
+
+import torch
+
+from ..log import logger
+from .decoder import decode
+from .formats import FORMATS
+from .piece import Piece
+
+_KERNEL_DEVICES = ("cuda", "xpu")
+_proven: dict[tuple[torch.device, str], bool] = {}  # by device and format; once for the process
+
+
+def unpack(piece: Piece, staged: torch.Tensor, destination: torch.Tensor) -> None:
+    """Write `destination[piece.start:piece.stop]`, queued on the current stream.
+
+    With the kernel there is no allocation and no wait for the device, but for the first piece of a format,
+    which compiles and tries it: `prepare` does that ahead of time.
+
+    Args:
+        staged: uint8, contiguous: the piece's packed bytes from its first on, at an address that is a multiple
+            of 128.
+        destination: uint8, contiguous, on the same device: the slab.
+
+    Raises:
+        ValueError: the tensors are no such tensors, or the piece does not fit them.
+    """
+    nbytes = piece.nbytes
+    for tensor, needed in ((staged, nbytes), (destination, piece.stop)):
+        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
+            raise ValueError("packed bytes and slabs are contiguous uint8 tensors with one dimension")
+        if len(tensor) < needed:
+            raise ValueError(f"a piece needs {needed} bytes where there are {len(tensor)}")
+    if staged.device != destination.device:
+        raise ValueError(f"packed bytes are on {staged.device}, the slab on {destination.device}")
+    out = destination[piece.start : piece.stop]
+    if piece.format is None:
+        out.copy_(staged[:nbytes], non_blocking=True)
+        return
+    if staged.data_ptr() % 16 or out.data_ptr() % FORMATS[piece.format].itemsize:
+        raise ValueError("packed bytes or the slab are not aligned")
+    if has_kernel(staged.device, piece.format):
+        from .kernels import launch
+
+        launch(piece, staged, out)
+    else:
+        decode(piece, staged, out)
+
+
+def prepare(device: torch.device, pieces: tuple[Piece, ...]) -> None:
+    """Compile and try the kernels that `pieces` need on `device`; the host waits for it."""
+    for name in {piece.format for piece in pieces if piece.format is not None}:
+        has_kernel(device, name)
+
+
+def has_kernel(device: torch.device, name: str) -> bool:
+    """Whether the kernel unpacks the format called `name` on `device`; tries it the first time it is asked."""
+    if device.type not in _KERNEL_DEVICES:
+        return False
+    if (device, name) not in _proven:
+        _proven[device, name] = _prove(device, name)
+    return _proven[device, name]
+
+
+def _prove(device: torch.device, name: str) -> bool:
+    """Whether the kernel gives, bit by bit, what the torch operations give."""
+    try:
+        from .trial import agrees
+
+        if agrees(device, name):
+            return True
+        reason = "its result differs"
+    except Exception as error:  # no Triton, no C compiler for it, a device it does not know
+        reason = f"{type(error).__name__}: {error}"
+    logger.warning(
+        "the kernel that unpacks %s cannot be used on %s (%s): torch operations do it, slower and with memory "
+        "of their own",
+        name,
+        device,
+        reason,
+    )
+    return False

@@ -8,6 +8,8 @@ read or written outside.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -172,7 +174,7 @@ def launch(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
     rest = (*streams.rest, 0, 0)
     widths = (*made.fields, 0, 0)
     blocks = -(-piece.elements // BLOCK)
-    with torch.get_device_module(staged.device).device(staged.device):
+    with _on(staged.device):
         _unpack[(blocks,)](
             staged,
             out.view(made.integer),
@@ -193,6 +195,11 @@ def launch(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
             BLOCK,
             num_warps=_WARPS,
         )
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    """Triton launches on the current device; its interpreter knows the CPU only."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def _word(exponents: tuple[int, ...]) -> int:

@@ -15,7 +15,7 @@ from ..slab import Layout, align
 from . import cutting
 from .cutting import Run
 from .formats import COMMON, FORMATS, SPELLED, Format, choose_table, symbols
-from .piece import BLOCK, RARE_BITS, SOURCE_ALIGNMENT, Piece, packed_nbytes
+from .piece import BLOCK, RARE_BITS, Piece, packed_nbytes
 
 SMALLEST = (
     128 * 1024
@@ -54,7 +54,7 @@ def pack(slab: torch.Tensor, layout: Layout, slot_nbytes: int, smallest: int = S
     cutting.check_slot(slot_nbytes)
     if slab.dtype != torch.uint8 or slab.dim() != 1 or not slab.is_contiguous() or len(slab) < layout.nbytes:
         raise ValueError("a slab is a contiguous uint8 tensor with one dimension, as long as its layout")
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         runs = cutting.find_runs(layout, smallest)
         cuts = _cut_coded(slab, [run for run in runs if run.format is not None], slot_nbytes)
         kept = cutting.join([run if cuts.get(run) else replace(run, format=None) for run in runs])

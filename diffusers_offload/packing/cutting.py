@@ -52,7 +52,9 @@ def find_runs(layout: Layout, smallest: int) -> list[Run]:
         if not end <= region.offset <= stop <= layout.nbytes:
             raise ValueError(f"a region at byte {region.offset} overlaps another or leaves the slab")
         name = names.pop() if len(names) == 1 and region.nbytes >= smallest else None
-        if name is not None and (region.offset % FORMATS[name].itemsize or region.nbytes % FORMATS[name].itemsize):
+        if name is not None and (
+            region.offset % FORMATS[name].itemsize or region.nbytes % FORMATS[name].itemsize
+        ):
             name = None
         runs.append(Run(region.offset, stop, name))
         end = stop

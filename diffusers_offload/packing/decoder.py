@@ -81,7 +81,13 @@ def _bytes_of_codes() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _decode_chunk(
-    piece: Piece, staged: torch.Tensor, out: torch.Tensor, first: int, tables: _Tables, rare: int, spelled: int
+    piece: Piece,
+    staged: torch.Tensor,
+    out: torch.Tensor,
+    first: int,
+    tables: _Tables,
+    rare: int,
+    spelled: int,
 ) -> None:
     """Write `out`, whose first element is the piece's `first`, before which there were so many escapes."""
     made, streams, count = FORMATS[piece.format], piece.streams, len(out)
@@ -115,7 +121,12 @@ def _rare_codes(staged: torch.Tensor, offset: int, first: int, count: int) -> to
 
 
 def _add_rest(
-    made: Format, offsets: Sequence[int], staged: torch.Tensor, bits: torch.Tensor, first: int, out: torch.Tensor
+    made: Format,
+    offsets: Sequence[int],
+    staged: torch.Tensor,
+    bits: torch.Tensor,
+    first: int,
+    out: torch.Tensor,
 ) -> None:
     """Write `bits`, the exponents, with sign and mantissa added."""
     count, mantissa = len(out), (1 << made.mantissa_bits) - 1

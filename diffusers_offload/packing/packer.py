@@ -15,9 +15,11 @@ from ..slab import Layout, align
 from . import cutting
 from .cutting import Run
 from .formats import COMMON, FORMATS, SPELLED, Format, choose_table, symbols
-from .piece import BLOCK, RARE_BITS, SOURCE_ALIGNMENT, Piece, packed_nbytes
+from .piece import BLOCK, RARE_BITS, Piece, packed_nbytes
 
-SMALLEST = 128 * 1024  # bytes of a tensor worth coding: starting a kernel takes as long as the bus for 300 KiB
+SMALLEST = (
+    128 * 1024
+)  # bytes of a tensor worth coding: starting a kernel takes as long as the bus for 300 KiB
 _SAMPLE = 64 * 1024  # exponents that choose a table
 _CHUNK = 1024 * BLOCK  # elements worked on at once: some 30 bytes of scratch for each
 _PRIME = 2_654_435_761  # steps through a tensor so that no stride of its own can hide from the sample
@@ -52,7 +54,7 @@ def pack(slab: torch.Tensor, layout: Layout, slot_nbytes: int, smallest: int = S
     cutting.check_slot(slot_nbytes)
     if slab.dtype != torch.uint8 or slab.dim() != 1 or not slab.is_contiguous() or len(slab) < layout.nbytes:
         raise ValueError("a slab is a contiguous uint8 tensor with one dimension, as long as its layout")
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         runs = cutting.find_runs(layout, smallest)
         cuts = _cut_coded(slab, [run for run in runs if run.format is not None], slot_nbytes)
         kept = cutting.join([run if cuts.get(run) else replace(run, format=None) for run in runs])
@@ -94,7 +96,9 @@ def _cut_coded(slab: torch.Tensor, runs: Sequence[Run], slot_nbytes: int) -> dic
     if not runs:
         return {}
     counts = torch.stack([_sample(slab, run) for run in runs]).tolist()
-    tables = [choose_table(row[: FORMATS[run.format].exponents]) for row, run in zip(counts, runs, strict=True)]
+    tables = [
+        choose_table(row[: FORMATS[run.format].exponents]) for row, run in zip(counts, runs, strict=True)
+    ]
     escapes = [_count_escapes(slab, run, table) for run, table in zip(runs, tables, strict=True)]
     told = torch.cat(escapes, dim=1).tolist()
     cuts, first = {}, 0
@@ -129,7 +133,14 @@ def _count_escapes(slab: torch.Tensor, run: Run, table: Sequence[int]) -> torch.
         if len(found) % BLOCK:
             found = torch.nn.functional.pad(found, (0, -len(found) % BLOCK))  # 0 is no escape
         found = found.view(-1, BLOCK)
-        counts.append(torch.stack([(found >= COMMON).sum(dim=1, dtype=torch.int32), (found == SPELLED).sum(dim=1, dtype=torch.int32)]))
+        counts.append(
+            torch.stack(
+                [
+                    (found >= COMMON).sum(dim=1, dtype=torch.int32),
+                    (found == SPELLED).sum(dim=1, dtype=torch.int32),
+                ]
+            )
+        )
     return torch.cat(counts, dim=1)
 
 
@@ -176,7 +187,9 @@ def _encode(slab: torch.Tensor, piece: Piece, out: torch.Tensor) -> None:
     _write_rare(out, streams.rare, rare_codes)
 
 
-def _write_rest(chunk: torch.Tensor, made: Format, offsets: Sequence[int], first: int, out: torch.Tensor) -> None:
+def _write_rest(
+    chunk: torch.Tensor, made: Format, offsets: Sequence[int], first: int, out: torch.Tensor
+) -> None:
     """Write sign and mantissa of `chunk` (int32), whose first element is the piece's `first`."""
     sign = (chunk >> (8 * made.itemsize - 1) & 1) << made.mantissa_bits
     rest = (chunk & ((1 << made.mantissa_bits) - 1)) | sign

@@ -30,31 +30,35 @@ class Streams:
     Attributes:
         starts: for each block, how many rare codes were stored before it; then, for each block, how many
             exponents were spelled out before it (int32, little endian).
-        rest: one stream for each of `Format.fields`.
-        codes: 2 bits for each element.
-        rare: 3 bits for each element whose code is 3, filled up to whole groups of 8 in 3 bytes.
         spelled: one byte for each element whose rare code is 7: its exponent.
+        rare: 3 bits for each element whose code is 3, filled up to whole groups of 8 in 3 bytes.
+        codes: 2 bits for each element.
+        rest: one stream for each of `Format.fields`.
         nbytes: of the whole piece.
     """
 
     starts: int
-    rest: tuple[int, ...]
-    codes: int
-    rare: int
     spelled: int
+    rare: int
+    codes: int
+    rest: tuple[int, ...]
     nbytes: int
 
 
 def lay_out_streams(made: Format, elements: int, rare: int, spelled: int) -> Streams:
-    """Lay the streams of a piece out, the ones whose length is known from `elements` first."""
+    """Lay the streams of a piece out.
+
+    Those in which a position depends on what is stored come first: a block that reads as much of them as any block
+    may need then stays within the piece, and the kernel need not compare each position.
+    """
     offset, offsets = 0, []
     blocks = -(-elements // BLOCK)
-    fixed = [8 * blocks, *(bits(elements, width) for width in made.fields), bits(elements, 2)]
-    for nbytes in (*fixed, bits(align(rare, 8), RARE_BITS), spelled):
+    fixed = (bits(elements, width) for width in (2, *made.fields))
+    for nbytes in (8 * blocks, spelled, bits(align(rare, 8), RARE_BITS), *fixed):
         offsets.append(offset)
         end = offset + nbytes
         offset = align(end, STREAM_ALIGNMENT)
-    return Streams(offsets[0], tuple(offsets[1:-3]), *offsets[-3:], align(end, 16))
+    return Streams(*offsets[:4], tuple(offsets[4:]), align(end, 16))
 
 
 def bits(count: int, width: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from ..log import logger
@@ -10,7 +12,6 @@ from .formats import FORMATS
 from .piece import Piece
 
 _KERNEL_DEVICES = ("cuda", "xpu")
-_proven: dict[tuple[torch.device, str], bool] = {}  # by device and format; once for the process
 
 
 def unpack(piece: Piece, staged: torch.Tensor, destination: torch.Tensor) -> None:
@@ -55,16 +56,13 @@ def prepare(device: torch.device, pieces: tuple[Piece, ...]) -> None:
         has_kernel(device, name)
 
 
+@cache
 def has_kernel(device: torch.device, name: str) -> bool:
-    """Whether the kernel unpacks the format called `name` on `device`; tries it the first time it is asked."""
-    if device.type not in _KERNEL_DEVICES:
-        return False
-    if (device, name) not in _proven:
-        _proven[device, name] = _prove(device, name)
-    return _proven[device, name]
+    """Whether the kernel unpacks the format called `name` on `device`: found out by a trial, once for the process."""
+    return device.type in _KERNEL_DEVICES and _passes(device, name)
 
 
-def _prove(device: torch.device, name: str) -> bool:
+def _passes(device: torch.device, name: str) -> bool:
     """Whether the kernel gives, bit by bit, what the torch operations give."""
     try:
         from .trial import agrees

@@ -1,0 +1,79 @@
+"""The kernel that unpacks: interpreted on the CPU where there is Triton, and on a device where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from packed_units import DTYPES, same_regions, slab_of, unpacked, weights
+
+from diffusers_offload.packing import pack, prepare, unpack, unpacking
+
+HERE = Path(__file__).parent
+SLOT = 2**20
+
+
+def test_the_interpreted_kernel_agrees_and_stays_inside():
+    pytest.importorskip("triton")
+    places = [str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    surroundings = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(places)}
+    command = [sys.executable, str(HERE / "interpreted_kernel.py")]
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.returncode}\n{done.stderr}"
+
+
+def test_without_a_kernel_torch_operations_unpack(monkeypatch, caplog):
+    """A device that should have a kernel, but where it cannot be compiled or gives something else."""
+    slab, layout = slab_of([weights(50_000, torch.bfloat16)])
+    packed = pack(slab, layout, SLOT, smallest=0)
+    monkeypatch.setattr(unpacking, "_KERNEL_DEVICES", ("cpu",))
+    unpacking.has_kernel.cache_clear()
+    try:
+        with caplog.at_level("WARNING"):
+            assert same_regions(layout, slab, unpacked(packed))
+            prepare(slab.device, packed.pieces)
+    finally:
+        unpacking.has_kernel.cache_clear()
+    assert len([r for r in caplog.records if "torch operations do it" in r.getMessage()]) <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(DTYPES))
+def test_the_kernel_is_used_and_takes_no_memory(name):
+    pytest.importorskip("triton")
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert unpacking.has_kernel(device, name)
+    slab, layout = slab_of([weights(1_000_001, DTYPES[name]).to(device)], device)
+    packed = pack(slab, layout, SLOT, smallest=0)
+    destination = torch.zeros_like(slab)
+    staged = [packed.bytes[piece.source : piece.source + piece.nbytes] for piece in packed.pieces]
+    unpack(packed.pieces[0], staged[0], destination)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for piece, each in zip(packed.pieces, staged, strict=True):
+            unpack(piece, each, destination)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated(device) == before
+    assert same_regions(layout, slab, destination)
+
+
+@pytest.mark.gpu
+def test_packing_needs_little_memory_of_its_own():
+    count = 64 * 2**20
+    slab = (torch.randn(count, device="cuda") * 0.02).bfloat16().view(torch.uint8)
+    from diffusers_offload.slab import Layout, Placement, Region, Span
+
+    place = Placement(0, torch.bfloat16, (count,), (1,))
+    layout = Layout((place,), (Region(Span(0, 0, len(slab)), 0),), len(slab))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    packed = pack(slab, layout, 16 * 2**20)
+    assert torch.cuda.max_memory_allocated() - before - len(packed.bytes) <= 8 * 24 * 2**20

@@ -95,7 +95,7 @@ class Component:
         self.stem: list[Unit] = []
         self.streamed: list[Unit] = []
         self.residents: list[Unit] = []
-        self.on_disk = False  # its weights are kept there while they are not on the device
+        self.tier = "pinned"  # where its weights are while they are not on the device
         self.present = False  # the stem is on the device
         self.needs: list[Component] = []  # components whose stems hold tensors of this one as well
         self.depth = 0  # forwards under way
@@ -114,6 +114,16 @@ class Component:
         self.ran: set[Unit] = set()  # units whose own forward has run, while that is watched
         self.met: set[Unit] = set()  # units that have run in a forward that was watched and found nothing
         self.late: set[Unit] = set()  # in use past their forwards: released when another one is used
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether its weights are on disk while they are not on the device."""
+        return self.tier == "disk"
+
+    @property
+    def packs(self) -> bool:
+        """Whether its units are packed while they are not on the device."""
+        return self.tier == "packed"
 
     @property
     def units(self) -> list[Unit]:

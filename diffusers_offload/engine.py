@@ -34,6 +34,7 @@ from .turns import Turns
 if TYPE_CHECKING:
     from .policy import Storage
     from .tiers.disk import DiskTier
+    from .tiers.packed import PackedTier
 
 _READ_AHEAD = 16  # units, as far as there is room for them on the host
 _EMPTY_CACHE_FROM = 64 * 2**20  # bytes worth a cudaFree once a component has left
@@ -86,6 +87,11 @@ class Engine:
     def disk(self) -> DiskTier | None:
         """Where weights are kept on disk, if any may be."""
         return self._transfers.disk
+
+    @property
+    def packed(self) -> PackedTier:
+        """Packs weights, where that is asked for."""
+        return self._transfers.packed
 
     @property
     def components(self) -> list[Component]:
@@ -385,6 +391,8 @@ class Engine:
         Those replaced (`weight.data = ...`) get new host memory; those loaded ahead are loaded again.
         """
         for unit in units:
+            if unit.component.packs and unit.state is not State.IN_USE:
+                self.packed.refuse_edits(unit)
             waits, offloaded = unit.state in WAITING, unit.state is State.OFFLOADED
             edited = (waits or (offloaded and unit.component.on_disk)) and unit.weights.note_edits()
             if waits and edited:
@@ -395,7 +403,11 @@ class Engine:
                 self._transfers.take_over(unit)
 
     def notice_silent_edits(self, component: Component) -> None:
-        """Before a call: weights on disk that were written to without a trace (`weight.data.add_()`) count, too."""
+        """Before a call: what was done to weights without a trace (`weight.data.add_()`) counts, or is refused."""
+        if component.packs:
+            self.packed.refuse_silent_edits(component.streamed)
+        if not component.on_disk:
+            return
         for unit in self.disk.silently_edited(component.streamed):
             if unit.state in WAITING:
                 self._drop(unit)
@@ -406,6 +418,8 @@ class Engine:
         """The bytes of `unit` are free for whatever `load` does next."""
         if unit.used:
             self.streams.load.wait_event(unit.done)
+        elif unit.component.packs:  # it may still be unpacked, on another stream
+            self.streams.load.wait_event(unit.ready)
         if unit.floats and unit.state is State.LOADING:
             self._afloat.remove(unit)
         unit.state = State.OFFLOADED

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import planner
+from .packing import unpacks_fast
 from .planner import Plan
 from .policy import STREAMING, Request
 from .report import size_text
@@ -106,14 +107,15 @@ def check(plan: Plan, limits: Limits) -> None:
 def _fit_host(
     route: Callable[[Request], list[Target]], request: Request, limit: int | None, device: torch.device
 ) -> tuple[Request, list[Target]]:
-    """Stream no more than the host may hold: the rest goes to disk, or stays on the device."""
+    """Stream no more than the host may hold: what does not fit is packed, goes to disk, or stays on the device."""
     targets = route(request)
     plan = make_plan(targets, device)
     if limit is None:
         return request, targets
-    pinned = request.default.tier == "pinned"
-    if plan.host_bytes > limit and pinned and request.tier is None and request.storage is not None:
-        request = replace(request, default=replace(request.default, tier="disk"))
+    for tier in _other_tiers(request, device):
+        if plan.host_bytes <= limit:
+            break
+        request = replace(request, default=replace(request.default, tier=tier))
         targets = route(request)
         plan = make_plan(targets, device)
     if plan.host_bytes <= limit:
@@ -121,7 +123,7 @@ def _fit_host(
         share_out(limit - plan.host_bytes, list(map(room_for, through)))
         return request, targets
     free = [c for c in plan.components if c.policy == request.default and c.policy.streams and not c.on_disk]
-    streamed = sum(component.streamed_bytes for component in free)
+    streamed = sum(unit.host_bytes for component in free for unit in component.streamed)
     room = limit - (plan.host_bytes - streamed)
     if not request.decides or room < 0 or not streamed:
         raise ValueError(
@@ -133,6 +135,14 @@ def _fit_host(
         request, default=replace(request.default, ratio=request.default.ratio * room / streamed)
     )
     return request, route(request)
+
+
+def _other_tiers(request: Request, device: torch.device) -> list[str]:
+    """Where weights may go that pinned memory has no room for, if that is left to us; the fastest first."""
+    if request.tier is not None or request.default.tier != "pinned":
+        return []
+    packed = ["packed"] if unpacks_fast(device) else []
+    return [*packed, *(["disk"] if request.storage is not None else [])]
 
 
 def _all_fits(targets: Sequence[Target], limit: int) -> bool:

@@ -21,10 +21,11 @@ from .fitting import NO_LIMITS, Limits
 from .held import Held, find_held
 from .planner import ComponentPlan, Plan
 from .policy import Request
-from .report import GIB, Prediction, Report
+from .report import GIB, PackedReport, Prediction, Report
 from .streams import open_streams
 from .target import Target, build_component, make_plan, owners_in
 from .tiers.disk import DiskMemory
+from .tiers.packed import PackedMemory
 
 _PROGRESS_FROM = GIB  # bytes from which on moving takes long enough to show a progress bar
 
@@ -110,6 +111,7 @@ class OffloadHandle:
             stall_ms=stall,
             host_bytes=sum(map(_host_bytes, units)) + buffers,
             pinned_bytes=sum(host.bytes.numel() for host in hosts if host.pinned),
+            packed=self._packed(units),
             disk=disk.report(sum(h.bytes.numel() for h in hosts if isinstance(h, DiskMemory)))
             if disk
             else None,
@@ -117,6 +119,16 @@ class OffloadHandle:
             peak_bytes=max(budget.seen if budget else 0, self._engine.streams.peak()),
             arena_bytes=self._engine.arena.capacity,
             resident_bytes=sum(c.resident_bytes + c.kept_bytes for c in self._engine.components),
+        )
+
+    def _packed(self, units: Sequence[Unit]) -> PackedReport | None:
+        packed = [unit for unit in units if isinstance(unit.weights.host, PackedMemory)]
+        if not packed:
+            return None
+        return PackedReport(
+            raw_bytes=sum(unit.nbytes for unit in packed),
+            packed_bytes=sum(unit.weights.host.bytes.numel() for unit in packed),
+            unpack_ms=self._engine.counters.unpack_time(),
         )
 
     def predictions(self) -> dict[str, Prediction]:

@@ -14,6 +14,7 @@ from . import hooks, recovery, refusals
 from .component import Component
 from .engine import Engine
 from .log import logger
+from .statedicts import TrueStates
 from .target import Target, build_component, owners_in
 from .units import own_tensors, tensors_of
 
@@ -33,6 +34,7 @@ class Held:
         self.engine = engine
         self.owners: set[OffloadHandle] = set()
         self._hooks: list[tuple[nn.Module, hooks.EngineHook]] = []
+        self._states: TrueStates | None = None  # what its `state_dict()` holds
         self._shadowed: dict[str, Any] = {}  # methods of the module that ours stand in for
         self._former: list[OffloadHandle] = []  # who wanted it there when its hook was taken off
 
@@ -58,8 +60,12 @@ class Held:
             self._shadowed[name] = self._hooks[0][1].entry(self.module, getattr(self.module, name))
         self.module.__dict__.update(self._shadowed)
         self._tensors = {id(tensor) for tensor in tensors_of(self.module)}
+        self._states = TrueStates(self.engine, self.component) if self.component.packs else None
 
     def _detach_inside(self) -> None:
+        if self._states is not None:
+            self._states.detach()
+            self._states = None
         for name in self._shadowed:
             self.module.__dict__.pop(name, None)
         self._shadowed = {}
@@ -96,8 +102,7 @@ class Held:
                 len({stray.unit for stray in self.component.strays}),
             )
             self.renew()
-        if self.component.on_disk:
-            self.engine.notice_silent_edits(self.component)
+        self.engine.notice_silent_edits(self.component)
         self.component.checked = True
 
     @contextmanager

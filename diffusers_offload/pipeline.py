@@ -68,11 +68,12 @@ class BlockOffloadMixin:
                 long computing and copying do; what is left holds units of the component that runs, chosen so
                 that a forward is predicted to be the shortest. None: what the device has free, where
                 `offload_ratio` is None.
-            max_host_memory: upper bound on the host memory that holds weights. What does not fit goes to disk if
-                `offload_dir` is given, and stays on the device otherwise. With weights on disk it bounds the buffers
+            max_host_memory: upper bound on the host memory that holds weights. What does not fit is packed where the
+                device unpacks fast, goes to disk if `offload_dir` is given, and stays on the device otherwise. With weights on disk it bounds the buffers
                 that they pass through and are kept in; None: half of what the machine has available.
-            tier: where weights are while they are not on the device: "pinned" host memory, or "disk". None:
-                host memory, unless `max_host_memory` is too little for it and there is an `offload_dir`.
+            tier: where weights are while they are not on the device: "pinned" host memory, "packed" (host memory,
+                without loss in some 70 % of the bytes; NaN stands in for the weights meanwhile), or "disk". None:
+                pinned, unless `max_host_memory` is too little for it.
             offload_dir: folder for weights on disk: a sub-folder per component, one .safetensors file per block.
                 What is there from before is used again if it is the same, and kept when offloading is disabled.
             num_disk_workers: threads that read.

@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UnitSize:
-    """A unit by name and its bytes."""
+    """A unit by name, its bytes, and those of host memory that it takes while it is not on the device."""
 
     name: str
     nbytes: int
+    held: int | None = None  # None: as many
+
+    @property
+    def host_bytes(self) -> int:
+        return self.nbytes if self.held is None else self.held
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,11 @@ class ComponentPlan:
         return sum(sizes[-1:]) + max(sum(sizes[-2:-1]), min(arena.LOOKAHEAD, sum(sizes[:-1])))
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory, without the buffers of those on disk; estimated where weights are packed."""
+        return 0 if self.on_disk else self.stem_bytes + sum(unit.host_bytes for unit in self.streamed)
+
+    @property
     def on_disk(self) -> bool:
         """Whether what leaves the device is on disk."""
         return self.policy.tier == "disk"
@@ -92,7 +102,7 @@ class Plan:
     @property
     def host_bytes(self) -> int:
         """Bytes of weights in host memory, without the buffers of those on disk."""
-        return sum(c.streamed_bytes + c.stem_bytes for c in self.components if not c.on_disk)
+        return sum(component.host_bytes for component in self.components)
 
     @property
     def disk_bytes(self) -> int:

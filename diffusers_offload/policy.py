@@ -11,7 +11,7 @@ from .quoting import quoted
 
 GRANULARITIES = ("resident", "model", "block", "phase", "leaf")
 STREAMING = ("block", "phase", "leaf")  # of these, what comes in units, which take turns on the device
-TIERS = ("pinned", "disk")
+TIERS = ("pinned", "packed", "disk")
 CACHE_POLICIES = ("static", "fifo", "lru")
 _MOST_BYTES = 2**63 - 1  # what torch counts sizes in
 
@@ -27,7 +27,8 @@ class OffloadPolicy:
         ratio: share of the units' bytes that streams, 0.0 to 1.0; the rest stays on the device, spread
             evenly over the order. Only with the granularities that stream.
 
-        tier: where the weights are while they are not on the device: "pinned" (host memory) or "disk".
+        tier: where the weights are while they are not on the device: "pinned" (host memory), "packed" (host
+            memory, without loss in some 70 % of the bytes) or "disk".
 
     Raises:
         ValueError: an unknown granularity or tier, a ratio outside 0-1 or one that has no blocks to go with.

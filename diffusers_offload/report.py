@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,27 @@ class DiskReport:
 
 
 @dataclass(frozen=True)
+class PackedReport:
+    """What packing does.
+
+    Attributes:
+        raw_bytes: of the weights that are packed; they take `packed_bytes` of host memory.
+        unpack_ms: device time of the unpacking that was timed (`measured()`), None if none was.
+    """
+
+    raw_bytes: int
+    packed_bytes: int
+    unpack_ms: float | None
+
+    def rows(self) -> list[tuple[str, str]]:
+        ratio = self.packed_bytes / self.raw_bytes
+        return [
+            ("packed", f"{size_text(self.raw_bytes)} to {ratio:.1%}"),
+            *([("unpacking", f"{self.unpack_ms:.1f} ms")] if self.unpack_ms is not None else []),
+        ]
+
+
+@dataclass(frozen=True)
 class Report:
     """One enablement in numbers, counted since it began or since `reset()`.
 
@@ -72,13 +94,14 @@ class Report:
         forwards: component forwards.
         uses: forwards of streamed units.
         misses: those whose load had not been queued before (the first pass has some).
-        loads: units and stems copied to the device; `bytes_loaded` in bytes.
+        loads: units and stems copied to the device; `bytes_loaded` the bytes copied for them, packed ones as such.
         write_backs: tensors copied to the host because a forward wrote to them.
         shortages: forwards that ran out of device memory and were run again with less of it.
         transfer_ms: device time of the copies that were timed (`measured()`), None if none were.
         stall_ms: device time that units waited for their copy, None likewise.
         predictions: per component that a budget has measured, what a forward is predicted to take.
         host_bytes: bytes of host memory that hold weights; `pinned_bytes` of them are pinned.
+        packed: what packing does, None where nothing is packed.
         disk: what the disk tier did, None if there is none.
         peak_bytes: most bytes of tensors on the device at once, as torch measures it (since its statistics
             were reset, or since a budget measured a forward, which resets them); 0 on the CPU.
@@ -96,6 +119,7 @@ class Report:
     stall_ms: float | None
     host_bytes: int
     pinned_bytes: int
+    packed: PackedReport | None
     disk: DiskReport | None
     predictions: Mapping[str, Prediction]
     peak_bytes: int
@@ -121,6 +145,7 @@ class Report:
             ("peak device memory", size_text(self.peak_bytes) if self.peak_bytes else "not counted"),
             ("arena", size_text(self.arena_bytes)),
             ("resident", size_text(self.resident_bytes)),
+            *(self.packed.rows() if self.packed is not None else []),
             *(self.disk.rows() if self.disk is not None else []),
         ]
         for name, prediction in self.predictions.items():
@@ -179,13 +204,14 @@ class Counters:
     streams: Streams | None = None
     _copies: list[tuple[Any, Any]] = field(default_factory=list)  # (copy begins, copy ends)
     _waits: list[tuple[Any, Any]] = field(default_factory=list)  # (unit wants to begin, copy ends)
+    _unpacks: list[tuple[Any, Any]] = field(default_factory=list)  # (unpacking begins, ends)
     _ends: dict[Unit, Any] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Count from zero again."""
         for counted in ("forwards", "uses", "misses", "loads", "bytes_loaded", "write_backs", "shortages"):
             setattr(self, counted, 0)
-        for timed in (self._copies, self._waits, self._ends):
+        for timed in (self._copies, self._waits, self._unpacks, self._ends):
             timed.clear()
 
     def depart(self, stream: Any) -> None:
@@ -194,15 +220,27 @@ class Counters:
         begin.record(stream)
         self._copies.append((begin, None))
 
-    def loaded(self, unit: Unit, stream: Any) -> None:
-        """The copy of `unit` is queued on `stream`."""
+    def loaded(self, unit: Unit, nbytes: int, stream: Any) -> None:
+        """The copy of `unit`, of so many bytes, is queued up to what `stream` has by now."""
         self.loads += 1
-        self.bytes_loaded += unit.nbytes
+        self.bytes_loaded += nbytes
         if self.timing:
             end = self.streams.event(timing=True)
             end.record(stream)
             self._copies[-1] = (self._copies[-1][0], end)
             self._ends[unit] = end
+
+    @contextmanager
+    def timed_unpacking(self, stream: Any) -> Iterator[None]:
+        """What is queued on `stream` within unpacks."""
+        if not self.timing:
+            yield
+            return
+        begin, end = (self.streams.event(timing=True) for _ in range(2))
+        begin.record(stream)
+        yield
+        end.record(stream)
+        self._unpacks.append((begin, end))
 
     def arrive(self, stream: Any) -> Any:
         """`stream` is about to ask for a unit; returns what `waits` wants."""
@@ -223,3 +261,10 @@ class Counters:
         transfer = sum(begin.elapsed_time(end) for begin, end in self._copies if end is not None)
         stall = sum(max(0.0, arrival.elapsed_time(end)) for arrival, end in self._waits)
         return transfer, stall
+
+    def unpack_time(self) -> float | None:
+        """Milliseconds of device time; waits for the device."""
+        if not self._unpacks:
+            return None
+        self.streams.synchronize("the unpacking that was timed")
+        return sum(begin.elapsed_time(end) for begin, end in self._unpacks)

@@ -13,6 +13,7 @@ from .homes import Homes
 from .stems import Stems
 from .streams import Streams
 from .tiers.disk import DiskMemory
+from .tiers.packed import PackedMemory
 from .transfers import Transfers, renewed
 
 
@@ -79,6 +80,7 @@ class Roster:
                     continue
                 # By way of the host: where they came from may have no room for all of them.
                 unit.weights.origin = [torch.device("cpu")] * len(unit.weights.tensors)
+                self._transfers.reveal(unit)
                 unit.weights.restore()
         self.components[self.components.index(before)] = after
         if before.on_disk:
@@ -111,6 +113,11 @@ class Roster:
         if component.on_disk:
             yield from self._transfers.disk.put(component, moving)
             return
+        if component.packs:  # how much memory a unit takes is known when it is packed
+            for unit in moving:
+                self._transfers.put(unit)
+                yield unit
+            return
         # Closed, or its threads would live as long as the error that a failure ends in.
         with closing(self._transfers.tier.prepare([unit.nbytes for unit in moving])) as memory:
             for unit, host in zip(moving, memory, strict=True):
@@ -134,6 +141,7 @@ class Roster:
         self.streams.synchronize(f"copies of {component.name}, whose memory is about to go")
         try:
             for unit in component.units:
+                self._transfers.reveal(unit)
                 unit.weights.restore()
         except BaseException:
             self._take_edits(component)
@@ -149,6 +157,8 @@ class Roster:
             self._transfers.disk.release(component)
         if not any(other.streamed for other in self.components):
             self.homes.arena.buffer = None
+        if not any(other.packs for other in self.components):
+            self._transfers.packed.close()
         self.streams.empty_cache()
 
     def stream_again(self, unit: Unit) -> None:
@@ -170,6 +180,7 @@ class Roster:
         if component not in self.components or unit not in component.streamed:
             return
         self._clear([unit])
+        self._transfers.reveal(unit)
         unit.weights = renewed(unit.weights)
         self._transfers.settle(unit)
         component.streamed.remove(unit)
@@ -181,6 +192,8 @@ class Roster:
         """True weights on the host within; whatever was changed is taken over afterwards."""
         with self.lock:
             self._withdraw(component)
+            for unit in component.streamed:
+                self._transfers.reveal(unit)
             try:
                 yield
             finally:  # whatever the editor managed to change before it failed is what counts
@@ -190,7 +203,8 @@ class Roster:
     def _take_edits(self, component: Component) -> None:
         for unit in [*component.stem, *component.streamed]:
             edited = component.on_disk and unit.weights.note_edits()
-            if edited or not unit.weights.is_intact():
+            revealed = component.packs and not isinstance(unit.weights.host, PackedMemory)
+            if edited or revealed or not unit.weights.is_intact():
                 self._transfers.take_over(unit)
         for unit in component.residents:
             unit.weights = renewed(unit.weights)

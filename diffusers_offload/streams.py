@@ -36,7 +36,7 @@ class Teller(Protocol):
 
 
 class DeviceStreams:
-    """Three streams of one accelerator.
+    """Three streams of one accelerator, and a fourth that belongs to `load`.
 
     Args:
         device: the accelerator, with an index.
@@ -54,6 +54,8 @@ class DeviceStreams:
         self.compute = self._module.Stream(device=device, priority=COMPUTE_PRIORITY)
         self.load = self._module.Stream(device=device, priority=LOAD_PRIORITY)
         self.evict = self._module.Stream(device=device, priority=EVICT_PRIORITY)
+        # What was loaded packed is unpacked behind its copy, while `load` goes on to the next one.
+        self.unpack = self._module.Stream(device=device, priority=LOAD_PRIORITY)
         # `current_stream` takes 13 us in the middle of a model; comparing what it wraps takes a fraction.
         self._raw_stream = getattr(torch._C, f"_{device.type}_getCurrentRawStream", None)
         if self._raw_stream is not None:
@@ -101,7 +103,7 @@ class DeviceStreams:
 
         Args, Raises: as for `wait_for`.
         """
-        for stream in (self.load, self.compute, self.evict, self.current()):
+        for stream in (self.load, self.unpack, self.compute, self.evict, self.current()):
             self._wait_until(stream.query, what)
         self._module.synchronize(self.device)
 
@@ -124,7 +126,8 @@ class DeviceStreams:
                 time.sleep(min(waited / 4, _LONGEST_SLEEP))
 
     def _diagnose(self, what: str, waited: float) -> str:
-        streams = {"compute": self.compute, "load": self.load, "evict": self.evict}
+        names = ("compute", "load", "unpack", "evict")
+        streams = {name: getattr(self, name) for name in names}
         busy = [name for name, stream in streams.items() if not stream.query()]
         units = [unit for teller in self.tellers for unit in teller.under_way()]
         rest = f" and {len(units) - _NAMED} more" if len(units) > _NAMED else ""
@@ -210,7 +213,7 @@ class InlineStreams:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.tellers: WeakSet[Teller] = WeakSet()
-        self.compute = self.load = self.evict = InlineStream()
+        self.compute = self.load = self.unpack = self.evict = InlineStream()
 
     def current(self) -> InlineStream:
         return self.compute

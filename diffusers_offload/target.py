@@ -10,6 +10,7 @@ from torch import nn
 
 from . import planner, slab
 from .component import Component, Unit
+from .packing import expected_nbytes
 from .planner import ComponentPlan, Plan, UnitSize
 from .policy import STREAMING, OffloadPolicy
 from .units import Anatomy, Findings, Part, at_hand, chunks, dissect, silent_writers, tensors_of
@@ -121,7 +122,7 @@ def build_component(
         before: the component as it was: units of it that are still right are used again.
     """
     component = Component(target.name, target.module)
-    component.on_disk = target.policy.tier == "disk"
+    component.tier = target.policy.tier
     everything = tensors_of(target.module)
     for tensor in everything:
         owner = owners.setdefault(id(tensor), component)
@@ -177,7 +178,13 @@ def make_plan(targets: Sequence[Target], device: torch.device) -> Plan:
 
 def _component_plan(target: Target) -> ComponentPlan:
     parts = target.anatomy.parts if target.policy.streams else ()
-    sizes = [UnitSize(part.name, slab.lay_out(part.tensors).nbytes) for part in parts]
+    packs = target.policy.tier == "packed"
+    sizes = [
+        UnitSize(
+            part.name, slab.lay_out(part.tensors).nbytes, expected_nbytes(part.tensors) if packs else None
+        )
+        for part in parts
+    ]
     staying, moving = target.outside_parts()
     name = "stem" if target.policy.streams else "all weights"
     aside = [UnitSize(name, _bytes_in_chunks(staying))] if staying else []

@@ -17,7 +17,8 @@ from .slab import ALIGNMENT
 from .stopwatch import Stopwatch
 from .streams import Streams
 from .tiers.disk import DiskMemory, DiskTier
-from .tiers.pinned import PinnedTier
+from .tiers.packed import PackedMemory, PackedTier
+from .tiers.pinned import HostMemory, PinnedTier
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Transfers:
         host_limit: int | None = None,
     ) -> None:
         self.tier = PinnedTier(streams)
+        self.packed = PackedTier(streams, self.tier, counters, self.allocate)
         self.disk = DiskTier(streams, storage, host_limit, self.tier) if storage is not None else None
         self._streams = streams
         self._counters = counters
@@ -77,22 +79,49 @@ class Transfers:
             if counters.timing:
                 counters.depart(streams.load)
             began = self.stopwatch.departs(streams.load) if self.stopwatch is not None else None
-            self.tier.load(source, buffer)
+            behind = self._queue(source, buffer)
             if on_disk:
                 unit.weights.renew_written()
-            unit.ready.record(streams.load)
+            unit.ready.record(behind)
             if on_disk:
                 self.disk.loaded(host, unit.ready)
-            counters.loaded(unit, streams.load)
+            counters.loaded(unit, source.bytes.numel(), behind)
             if began is not None:
-                self.stopwatch.copied(unit.nbytes, began, streams.load)
+                self.stopwatch.copied(unit.nbytes, began, behind)
         except BaseException:
+            streams.load.wait_stream(streams.unpack)  # which may be writing to it
             unit.weights.place(None)  # nobody else would let go of the buffer
             raise
         finally:
             streams.restore(before)
         unit.state = State.LOADING
         unit.used = False
+
+    def _queue(self, source: HostMemory, buffer: torch.Tensor) -> Any:
+        """Queue what brings `source` to `buffer`; returns the stream on which that ends."""
+        if isinstance(source, PackedMemory):
+            return self.packed.load(source, buffer)
+        self.tier.load(source, buffer)
+        return self._streams.load
+
+    def put(self, unit: Unit, host: HostMemory | None = None) -> None:
+        """Move a unit to host memory, packed where its component wants that and it gains by it.
+
+        Args:
+            host: memory for it as it is; it is allocated if None.
+        """
+        weights = unit.weights
+        packed = self.packed.pack(weights) if unit.component.packs and unit.modules else None
+        if packed is not None:
+            weights.move_to_host(packed, filled=True)
+        else:
+            weights.move_to_host(host or self.tier.allocate(weights.nbytes))
+
+    def reveal(self, unit: Unit) -> None:
+        """The host holds the unit's weights as they are: before they go elsewhere, or somebody edits them."""
+        host = unit.weights.host
+        if isinstance(host, PackedMemory):
+            unit.weights.reveal(self.packed.raw(host, unit.nbytes))
 
     def write_back(self, unit: Unit, changed: Sequence[int], behind: Any) -> None:
         """Copy tensors that the unit wrote to (a buffer, say) to the host, where readers look for them.
@@ -102,6 +131,10 @@ class Transfers:
         Args:
             behind: the stream whose work so far includes the writing.
         """
+        host = unit.weights.host
+        if isinstance(host, PackedMemory) and any(host.is_blank(unit.weights.tensors[i]) for i in changed):
+            self.reveal(unit)  # for good: what is written to again and again is not worth packing
+            unit.weights.move_to_host(self.tier.allocate(unit.nbytes))
         streams = self._streams
         streams.evict.wait_stream(behind)
         before = streams.switch(streams.evict)
@@ -133,11 +166,12 @@ class Transfers:
     def take_over(self, unit: Unit) -> None:
         """Somebody gave the tensors other bytes (`tensor.data = ...`, `.to(dtype)`): these count now."""
         self._streams.synchronize(f"copies of {_path(unit)}, whose weights were replaced")
+        self.reveal(unit)
         before, unit.weights = unit.weights.host, renewed(unit.weights)
         if unit.component.on_disk:
             self.disk.edit(unit, before)
         else:
-            unit.weights.move_to_host(self.tier.allocate(unit.weights.nbytes))
+            self.put(unit)
 
 
 def _path(unit: Unit) -> str:

@@ -64,10 +64,20 @@ class Weights:
     def stay_on_host(self, host: HostMemory) -> None:
         """Take the tensors as they lie: `host` holds them in the order of the layout, and goes on doing so."""
         self.host = host
-        self._host_views = slab.views(self.layout, host.bytes)
+        self._host_views = host.views(self.layout)
         self._point_at(self._host_views)
         self._host_addresses = [tensor.data_ptr() for tensor in self.tensors]
         self._versions = self._count_writes()
+
+    def reveal(self, data: torch.Tensor) -> None:
+        """The host holds the slab as it is from now on, in `data`; tensors that somebody replaced stay replaced."""
+        before = self._host_views
+        self.host = HostMemory(data, False)
+        self._host_views = self.host.views(self.layout)
+        for tensor, blind, view in zip(self.tensors, before, self._host_views, strict=True):
+            if tensor.data_ptr() == blind.data_ptr():
+                tensor.data = view
+        self._host_addresses = [view.data_ptr() for view in self._host_views]
 
     def move_to_device(self, buffer: torch.Tensor) -> None:
         """Copy the tensors from where they are into `buffer` and stay there; the host keeps nothing."""
@@ -151,6 +161,11 @@ class Weights:
             tensor.data_ptr() != view.data_ptr()
             for tensor, view in zip(self.tensors, self._device_views, strict=True)
         )
+
+    def edited(self) -> list[torch.Tensor]:
+        """The tensors that were written to since they were last bound, or noted, as far as that is counted."""
+        pairs = zip(self._counting, self._versions, strict=True)
+        return [tensor for tensor, before in pairs if tensor._version != before]
 
     def note_edits(self) -> bool:
         """Whether the unbound tensors were replaced or written to since they were last bound, or noted.

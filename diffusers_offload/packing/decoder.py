@@ -1,14 +1,15 @@
 """Unpacks a coded piece with torch operations that every device has: comparisons, shifts, look-ups, `nonzero`.
 
 Four codes make a byte, so four exponents are looked up at once, shifted to where the element has them. The elements
-that escape are found by `nonzero`; as they are stored in the same order, nothing has to be searched for.
+that escape are found by `nonzero` on the CPU; as they are stored in the same order, nothing has to be searched for.
+Other devices must not be waited for: there a running sum says which escape an element is.
 What the bytes say is not trusted: no position is taken from them without a bound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -29,12 +30,14 @@ def decode(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
         out: uint8, as long as what the piece holds.
     """
     made = FORMATS[piece.format]
-    tables = _Tables(piece.table, made, staged.device)
+    tables = _tables(piece.table, made, staged.device)
     out = out.view(made.integer)
-    step = _CHUNK if staged.device.type == "cpu" else len(out)
-    starts = _starts(piece, staged, step // BLOCK)
-    for rank, first in enumerate(range(0, len(out), step)):
-        _decode_chunk(piece, staged, out[first : first + step], first, tables, *starts[rank])
+    if staged.device.type != "cpu":
+        _decode_queued(piece, staged, out, tables)
+        return
+    starts = _starts(piece, staged, _CHUNK // BLOCK)
+    for rank, first in enumerate(range(0, len(out), _CHUNK)):
+        _decode_chunk(piece, staged, out[first : first + _CHUNK], first, tables, *starts[rank])
 
 
 def _starts(piece: Piece, staged: torch.Tensor, every: int) -> list[tuple[int, int]]:
@@ -72,6 +75,12 @@ class _Tables:
         self.rare = rare.to(dtype).to(device)
 
 
+@lru_cache(4096)  # of some KiB each; to put them on a device is to wait for it
+def _tables(table: tuple[int, ...], made: Format, device: torch.device) -> _Tables:
+    with torch.inference_mode(False):
+        return _Tables(table, made, device)
+
+
 @cache
 def _bytes_of_codes() -> tuple[torch.Tensor, torch.Tensor]:
     """The four codes in each byte, int64 (256, 4); and which of them are escapes, as int32 (256,) of four bytes."""
@@ -106,6 +115,31 @@ def _decode_chunk(
             bits[unnamed] = exponents.to(made.integer) << made.mantissa_bits
         elements[where] = bits
     _add_rest(made, streams.rest, staged, elements[:count], first, out)
+
+
+def _decode_queued(piece: Piece, staged: torch.Tensor, out: torch.Tensor, tables: _Tables) -> None:
+    """Write `out` without waiting for the device, which `nonzero` does: each escape is told its rank instead."""
+    made, streams, count = FORMATS[piece.format], piece.streams, len(out)
+    codes = staged[streams.codes : streams.codes + -(-count // 4)].to(torch.int32)
+    elements = tables.common.index_select(0, codes).view(-1).view(made.integer)[:count]
+    if piece.rare:
+        escapes = tables.escapes.index_select(0, codes).view(torch.uint8)[:count]
+        rare_codes = _rare_codes(staged, streams.rare, 0, piece.rare)
+        bits = tables.rare.index_select(0, rare_codes)
+        if piece.spelled:
+            unnamed = rare_codes == _SPELLED
+            at = streams.spelled
+            exponents = staged[at : at + piece.spelled] & (made.exponents - 1)
+            spelled = exponents.to(made.integer) << made.mantissa_bits
+            bits = torch.where(unnamed, spelled.index_select(0, _ranks(unnamed, piece.spelled)), bits)
+        named = bits.index_select(0, _ranks(escapes, piece.rare))
+        elements = torch.where(escapes.view(torch.bool), named, elements)
+    _add_rest(made, streams.rest, staged, elements, 0, out)
+
+
+def _ranks(flags: torch.Tensor, count: int) -> torch.Tensor:
+    """For each flag that is set, how many are set before it, int32; for the others anything from 0 to `count` - 1."""
+    return flags.cumsum(0, dtype=torch.int32).sub_(1).clamp_(0, count - 1)
 
 
 def _rare_codes(staged: torch.Tensor, offset: int, first: int, count: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from threading import Lock
 
 import torch
 
+from .. import slab
 from ..log import logger
 from ..slab import align
 from ..streams import Streams
@@ -44,6 +45,10 @@ class HostMemory:
 
     bytes: torch.Tensor
     pinned: bool
+
+    def views(self, layout: slab.Layout) -> list[torch.Tensor]:
+        """What a unit's tensors look at while they are not on the device."""
+        return slab.views(layout, self.bytes)
 
 
 class PinnedTier:

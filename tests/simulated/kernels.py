@@ -188,6 +188,13 @@ def _shapes_of(
 def _call(op: torch._ops.OpOverload, flat: list, structure: Any, device: str) -> Any:
     there = [torch.device(device) if isinstance(each, torch.device) else each for each in flat]
     args, kwargs = tree_unflatten(there, structure)
+    # torch hands a number over where the schema has a tensor (`bits & 255`), and does not take it back.
+    args = [
+        torch.tensor(value, device=device)
+        if type(value) in (bool, int, float) and isinstance(argument.type, torch.TensorType)
+        else value
+        for value, argument in zip(args, op._schema.arguments, strict=False)
+    ]
     with torch.no_grad():
         return op(*args, **kwargs)
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers import build, run
 
+from diffusers_offload.tiers import packed
+
 from .device import THE
 
 CASES = [
@@ -30,6 +32,23 @@ def test_nothing_races(name, granularity, ratio):
             assert torch.equal(run(pipe, name), expected)
         pipe.disable_block_offload()
     assert checker.accesses > 1000
+    assert not checker.races, "\n".join(checker.races[:5])
+
+
+@pytest.mark.parametrize("granularity", ["block", "phase", "leaf"])
+def test_packed_weights(granularity, monkeypatch):
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+    monkeypatch.setattr(packed, "SLOT_BYTES", 64 * 1024)
+    pipe = build("flux", torch.bfloat16, device="npu")
+    expected = run(pipe, "flux")
+    with THE.checked() as checker:
+        pipe.to("cpu").enable_block_offload(
+            device="npu", offload_granularity=granularity, offload_ratio=1.0, tier="packed"
+        )
+        for _ in range(2):
+            assert torch.equal(run(pipe, "flux"), expected)
+        assert pipe.block_offload.report().packed is not None
+        pipe.disable_block_offload()
     assert not checker.races, "\n".join(checker.races[:5])
 
 

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from helpers import build, run
 
 import diffusers_offload
-from diffusers_offload.tiers import pinned
+from diffusers_offload.tiers import packed, pinned
 
 from .device import THE
 
@@ -128,6 +128,39 @@ def on_disk():
         handle.disable()
 
 
+def packed_blocks(monkeypatch):
+    """Several batches a unit, and more of them than the ring has slots; units that are loaded and not used."""
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+    monkeypatch.setattr(packed, "SLOT_BYTES", 64 * 1024)
+    monkeypatch.setattr(packed.packer, "_CHUNK", 4096)
+    torch.manual_seed(0)
+    blocks = (torch.nn.Sequential(torch.nn.Linear(16, 4000), torch.nn.Linear(4000, 16)) for _ in range(6))
+    net = odd_nets.Net(*blocks).eval().requires_grad_(False)
+    for block in net.blocks[1::2]:  # these do not shrink, and are copied to where the others were unpacked to
+        weight = block[0].weight
+        weight.copy_(torch.randint(0, 0x7F000000, weight.shape, dtype=torch.int32).view(torch.float32))
+        block[1].weight.copy_(weight.T)
+    net.blocks[2].to(DEVICE)
+    net.blocks[2][0].weight.mul_(2)
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=1.0, tier="packed")
+    assert {isinstance(unit.weights.host, packed.PackedMemory) for unit in handle._engine.units} == {
+        True,
+        False,
+    }
+    for _ in range(3):
+        net(torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE)).sum().cpu()
+    for order in ((5, 1, 0, 3), (0, 4, 2)):
+        net.run = lambda x, step, order=order: reduce(lambda x, i: net.blocks[i](x), order, x)
+        net(torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE))
+    net.state_dict()
+    handle.disable()
+
+
+def packed_leaves(monkeypatch):
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+    streamed(offload_granularity="leaf", tier="packed")[1].disable()
+
+
 def two_stems():
     """The second component's stem comes to where the first one's was."""
     pipe = Pair(small(), small())
@@ -146,6 +179,8 @@ WORK = [
     edited_between_forwards,
     unpinned,
     on_disk,
+    packed_blocks,
+    packed_leaves,
     two_stems,
     exchanged,
 ]

@@ -1,0 +1,254 @@
+"""The packed tier: units in host memory without loss, in some 70 % of their bytes, unpacked on the device.
+
+A unit comes in batches through a ring of staging slots: while one batch is unpacked, on a stream of its own, the next
+one is on the bus. The ring has the same size whatever the units have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from .. import slab
+from ..packing import Packed, Piece, batches, pack, packer, prepare, unpack
+from ..recovery import is_out_of_memory
+from ..report import Counters
+from ..slab import Layout, Placement
+from ..streams import Streams
+from .pinned import HostMemory, PinnedTier, map_memory
+from .standin import stand_in
+from .traces import private_bytes
+
+if TYPE_CHECKING:
+    from ..component import Unit
+    from ..weights import Weights
+
+SLOT_BYTES = 24 * 2**20  # of a batch at most: large enough for the bus, small enough to begin unpacking early
+SMALLEST = packer.SMALLEST  # bytes of a tensor that is coded
+SLOTS = 3  # one on the bus, one that is unpacked, one between them
+_WORTH = 0.95  # of the bytes: a unit that does not shrink to this stays as it is
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMemory(HostMemory):
+    """A unit's packed bytes.
+
+    Attributes:
+        pieces: what of the slab lies where among the bytes.
+        blank: stands in for the slab.
+        batches: ranges of pieces that are copied at once.
+    """
+
+    pieces: tuple[Piece, ...]
+    blank: torch.Tensor
+    batches: tuple[tuple[int, int], ...]
+
+    def views(self, layout: Layout) -> list[torch.Tensor]:
+        """What the unit's tensors look at: NaN, but true values where the packed bytes hold them as they are."""
+        plain = [piece for piece in self.pieces if piece.format is None]
+        found = slab.views(layout, self.blank)
+        for index, place in enumerate(layout.placements):
+            piece = _holding(plain, layout, place)
+            if piece is not None:
+                there = replace(place, offset=place.offset - piece.start + piece.source)
+                (found[index],) = slab.views(Layout((there,), (), 0), self.bytes)
+        return found
+
+    def is_blank(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` looks at what stands in for its values."""
+        return tensor.untyped_storage().data_ptr() == self.blank.untyped_storage().data_ptr()
+
+    def was_written_to(self, private: Mapping[int, int]) -> bool:
+        """Whether somebody wrote to what stands in.
+
+        Args:
+            private: what `traces.private_bytes` said.
+        """
+        start = self.blank.data_ptr()
+        stop = start + self.blank.numel()
+        return any(nbytes for at, nbytes in private.items() if start <= at < stop)
+
+
+def _holding(plain: Sequence[Piece], layout: Layout, place: Placement) -> Piece | None:
+    """The piece that holds all of the region in which a tensor lies, at an address that suits any dtype."""
+    for region in layout.regions:
+        start, stop = region.offset, region.offset + region.nbytes
+        if start <= place.offset < stop:
+            for piece in plain:
+                if piece.start <= start and stop <= piece.stop and not (piece.source - piece.start) % 16:
+                    return piece
+    return None
+
+
+class _Slot:
+    """Device memory for one batch.
+
+    Attributes:
+        copied: recorded when its batch has arrived.
+        unpacked: recorded when it may be overwritten.
+    """
+
+    def __init__(self, memory: torch.Tensor, copied: Any, unpacked: Any) -> None:
+        self.memory = memory
+        self.copied = copied
+        self.unpacked = unpacked
+        self.used = False
+
+
+class PackedTier:
+    """Packs units, and unpacks them on one device.
+
+    Args:
+        pinned: allocates host memory and copies from it.
+        counters: what is unpacked is timed there.
+        allocate: device memory of so many bytes, of the load stream.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        pinned: PinnedTier,
+        counters: Counters,
+        allocate: Callable[[int], torch.Tensor],
+    ) -> None:
+        self._streams = streams
+        self._pinned = pinned
+        self._counters = counters
+        self._allocate = allocate
+        self._slot_bytes = 0
+        self._ring: list[_Slot] = []
+        self._turn = 0
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of the ring on the device."""
+        return sum(slot.memory.numel() for slot in self._ring)
+
+    def pack(self, weights: Weights) -> PackedMemory | None:
+        """Pack tensors from where they are; None if they do not shrink, and so had better stay as they are.
+
+        This is done on the device, or on the host if the device has no room for them now.
+        """
+        try:
+            self._streams.load.wait_stream(self._streams.current())
+            with self._on(self._streams.load):
+                packed = self._pack_in(weights, self._allocate(weights.nbytes))
+                return self._keep(packed, weights.nbytes)
+        except RuntimeError as error:
+            if not (self._streams.asynchronous and is_out_of_memory(error)):
+                raise
+        return self._keep(self._pack_in(weights, map_memory(weights.nbytes)[1]), weights.nbytes)
+
+    def _pack_in(self, weights: Weights, buffer: torch.Tensor) -> Packed:
+        slab.gather(weights.layout, weights.tensors, buffer)
+        return pack(buffer, weights.layout, SLOT_BYTES, SMALLEST)
+
+    def _keep(self, packed: Packed, nbytes: int) -> PackedMemory | None:
+        size = packed.bytes.numel()
+        if size > nbytes * _WORTH:
+            return None
+        memory = self._pinned.allocate(size)
+        memory.bytes.copy_(packed.bytes)
+        ranges = batches(packed.pieces, SLOT_BYTES)
+        self._slot_bytes = max(self._slot_bytes, min(SLOT_BYTES, size))
+        return PackedMemory(memory.bytes, memory.pinned, packed.pieces, stand_in(nbytes), tuple(ranges))
+
+    def load(self, source: PackedMemory, destination: torch.Tensor) -> Any:
+        """Queue the copy of a unit and its unpacking; returns the stream on which it ends.
+
+        To be called with the load stream current, which everything that `destination` must wait for is before.
+        """
+        streams = self._streams
+        if not streams.asynchronous:
+            for piece in source.pieces:
+                unpack(piece, source.bytes[piece.source :], destination)
+            return streams.load
+        self._open_ring(source)
+        for first, last in source.batches:
+            slot, self._turn = self._ring[self._turn], (self._turn + 1) % SLOTS
+            start, stop = (
+                source.pieces[first].source,
+                source.pieces[last - 1].source + source.pieces[last - 1].nbytes,
+            )
+            if slot.used:
+                streams.load.wait_event(slot.unpacked)
+            slot.used = True
+            self._pinned.load(
+                HostMemory(source.bytes[start:stop], source.pinned), slot.memory[: stop - start]
+            )
+            slot.copied.record(streams.load)
+            streams.unpack.wait_event(slot.copied)
+            with self._on(streams.unpack, streams.load), self._counters.timed_unpacking(streams.unpack):
+                for piece in source.pieces[first:last]:
+                    unpack(piece, slot.memory[piece.source - start :], destination)
+                slot.unpacked.record(streams.unpack)
+        return streams.unpack
+
+    def raw(self, source: PackedMemory, nbytes: int) -> torch.Tensor:
+        """The slab that a unit was packed from, in host memory of its own (uint8); waits for the device."""
+        data = map_memory(nbytes)[1]
+        if self._streams.asynchronous:
+            try:
+                with self._on(self._streams.load):
+                    buffer = self._allocate(nbytes)
+                    behind = self.load(source, buffer)
+                    self._streams.load.wait_stream(behind)
+                    data.copy_(buffer)
+                return data
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+        for piece in source.pieces:
+            unpack(piece, source.bytes[piece.source :], data)
+        return data
+
+    def refuse_edits(self, unit: Unit) -> None:
+        """Raise RuntimeError if what stands in for packed weights was written to: that is lost."""
+        host, edited = unit.weights.host, unit.weights.edited()
+        if isinstance(host, PackedMemory) and any(host.is_blank(tensor) for tensor in edited):
+            unit.weights.note_edits()
+            self._refuse(unit, host)
+
+    def refuse_silent_edits(self, units: Iterable[Unit]) -> None:
+        """The same for writes that no tensor counted (`weight.data.add_()`)."""
+        private = private_bytes()
+        for unit in units:
+            host = unit.weights.host
+            if isinstance(host, PackedMemory) and host.was_written_to(private):
+                self._refuse(unit, host)
+
+    def _refuse(self, unit: Unit, host: PackedMemory) -> NoReturn:
+        unit.weights.stay_on_host(replace(host, blank=stand_in(unit.nbytes)))
+        name = unit.component.name
+        raise RuntimeError(
+            f"the weights of {name}.{unit.name} were written to while they were packed, when NaN stands in for them "
+            "on the host: the edit is lost, the true weights are as they were. Repeat it within `with "
+            "pipe.block_offload.suspended():` (fuse_lora, too), or give this component tier='pinned'"
+        )
+
+    def close(self) -> None:
+        """Nothing is packed any longer, or under way: the ring goes."""
+        self._ring, self._slot_bytes, self._turn = [], 0, 0
+
+    def _open_ring(self, source: PackedMemory) -> None:
+        if self._ring and self._ring[0].memory.numel() >= self._slot_bytes:
+            return
+        for slot in self._ring:
+            self._streams.load.wait_event(slot.unpacked)
+        self._ring = []
+        prepare(self._streams.device, source.pieces)
+        memories = [self._allocate(self._slot_bytes) for _ in range(SLOTS)]
+        self._ring = [_Slot(memory, self._streams.event(), self._streams.event()) for memory in memories]
+        self._turn = 0
+
+    @contextmanager
+    def _on(self, stream: Any, current: Any = None) -> Iterator[None]:
+        before = self._streams.switch(stream, current)
+        try:
+            yield
+        finally:
+            self._streams.restore(before)

@@ -1,0 +1,255 @@
+"""Weights packed in host memory: outputs and weights are the true ones, and what stands in for them says so."""
+
+import gc
+
+import odd_nets
+import pytest
+import torch
+from helpers import build, run, weights_of
+
+import diffusers_offload
+from diffusers_offload import OffloadPolicy
+from diffusers_offload.tiers import packed
+from diffusers_offload.tiers.packed import PackedMemory
+from diffusers_offload.tiers.standin import stand_in
+from diffusers_offload.tiers.traces import private_bytes
+
+
+@pytest.fixture(autouse=True)
+def small_slots(monkeypatch):
+    """Units of some KiB go through the ring in several batches, as large ones do."""
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+    monkeypatch.setattr(packed, "SLOT_BYTES", 64 * 1024)
+
+
+def packed_units(pipe):
+    units = [unit for held in pipe.block_offload._held.values() for unit in held.component.streamed]
+    return [unit for unit in units if isinstance(unit.weights.host, PackedMemory)]
+
+
+def enable(pipe, device, **arguments):
+    pipe.to("cpu").enable_block_offload(
+        **{"device": device, "offload_ratio": 1.0, "tier": "packed", **arguments}
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"]
+)
+@pytest.mark.parametrize("granularity", ["block", "phase", "leaf"])
+@pytest.mark.parametrize("name", ["flux", "wan22", "sdxl"])
+def test_packed_equals_resident(name, granularity, dtype, device):
+    if device == "cpu" and dtype is torch.float16 and name == "sdxl":
+        pytest.skip("torch computes no convolutions of float16 on some CPUs")
+    pipe = build(name, dtype, device)
+    expected, weights = run(pipe, name), {k: weights_of(m) for k, m in modules(pipe)}
+    enable(pipe, device, offload_granularity=granularity)
+    assert len(packed_units(pipe)) > 5
+    for _ in range(2):
+        assert torch.equal(run(pipe, name), expected)
+    assert_same(weights, pipe)  # read while they are packed
+    pipe.disable_block_offload()
+    assert_same(weights, pipe)
+    assert torch.equal(run(pipe.to(device), name), expected)
+
+
+def modules(pipe):
+    return ((name, module) for name, module in pipe.components.items() if isinstance(module, torch.nn.Module))
+
+
+def assert_same(weights, pipe):
+    for name, module in modules(pipe):
+        found = weights_of(module)
+        assert found.keys() == weights[name].keys()
+        for key, tensor in found.items():
+            assert torch.equal(tensor, weights[name][key]), key
+
+
+def test_less_is_held_and_copied(device):
+    pipe = build("flux", torch.bfloat16, device)
+    run(pipe, "flux")
+    reports = {}
+    for tier in ("pinned", "packed"):
+        enable(pipe, device, tier=tier)
+        run(pipe, "flux")
+        pipe.block_offload.reset()
+        run(pipe, "flux")
+        reports[tier] = pipe.block_offload.report()
+        pipe.disable_block_offload()
+    plain, less = reports["pinned"], reports["packed"]
+    assert less.loads == plain.loads
+    assert less.bytes_loaded < 0.85 * plain.bytes_loaded  # of so small a model, much is kept as it is
+    assert less.host_bytes < 0.85 * plain.host_bytes
+    assert "packed" in str(less) and "packed" not in str(plain)
+
+
+def test_one_component_alone(device):
+    pipe = build("flux", torch.bfloat16, device)
+    expected = run(pipe, "flux")
+    enable(pipe, device, tier=None, components={"transformer": OffloadPolicy(tier="packed")})
+    assert {unit.component.name for unit in packed_units(pipe)} == {"transformer"}
+    assert torch.equal(run(pipe, "flux"), expected)
+
+
+def test_what_does_not_shrink_stays_as_it_is(device):
+    torch.manual_seed(0)
+    net = odd_nets.Net(*(odd_nets.Plain() for _ in range(4))).eval().requires_grad_(False)
+    for parameter in net.parameters():  # exponents as likely as one another
+        parameter.copy_(torch.randint(0, 2**31, parameter.shape).to(torch.int32).view(torch.float32))
+        parameter.nan_to_num_(0.5)
+    handle = diffusers_offload.enable_block_offload(net, device=device, offload_ratio=1.0, tier="packed")
+    hosts = [unit.weights.host for unit in handle._engine.units]
+    assert hosts and not any(isinstance(host, PackedMemory) for host in hosts)
+    handle.disable()
+
+
+# --- what tensors look at meanwhile ----------------------------------------------------------------------
+
+
+def test_what_stands_in_is_nan_and_takes_no_memory():
+    def resident():
+        gc.collect()
+        with open("/proc/self/statm") as numbers:
+            return int(numbers.read().split()[1]) * 4096
+
+    before, mappings = resident(), len(private_bytes())
+    blank = stand_in(3 * 2**30 + 5)
+    assert blank[[0, 2**24, 2**31, -1]].tolist() == [255] * 4
+    assert resident() - before < 32 * 2**20
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn):
+        assert blank[: 2**16].view(dtype).float().isnan().all()
+    tail = blank[-10:]
+    del blank
+    assert tail.tolist() == [255] * 10
+    del tail
+    gc.collect()
+    assert len(private_bytes()) <= mappings + 2
+
+
+def test_weights_in_between_are_nan_and_save_as_true_ones(tmp_path):
+    pipe = build("flux", torch.bfloat16)
+    weights = weights_of(pipe.transformer)
+    enable(pipe, "cpu")
+    blind = [name for name, p in pipe.transformer.named_parameters() if p.isnan().any()]
+    assert len(blind) > 20
+    assert pipe.transformer.dtype is torch.bfloat16
+    assert sum(p.numel() for p in pipe.transformer.parameters()) == sum(
+        weights[name].numel() for name, _ in pipe.transformer.named_parameters()
+    )
+    part = pipe.transformer.transformer_blocks[1].attn.state_dict()
+    assert part and all(torch.equal(t, weights[f"transformer_blocks.1.attn.{k}"]) for k, t in part.items())
+    pipe.transformer.save_pretrained(tmp_path)
+    again = type(pipe.transformer).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    hooks = [m._state_dict_hooks for m in pipe.transformer.modules() if m._state_dict_hooks]
+    pipe.disable_block_offload()
+    assert hooks and not any(hooks)
+
+
+@pytest.mark.parametrize("silently", [False, True])
+def test_an_edit_of_what_stands_in_is_refused(silently, device):
+    pipe = build("flux", torch.bfloat16, device)
+    expected = run(pipe, "flux")
+    pipe.transformer.requires_grad_(False)
+    enable(pipe, device)
+    weight = pipe.transformer.transformer_blocks[0].ff.net[2].weight
+    (weight.data if silently else weight).add_(1)
+    with pytest.raises(RuntimeError, match=r"transformer_blocks\.0.*suspended"):
+        run(pipe, "flux")
+    assert torch.equal(run(pipe, "flux"), expected)
+    with pipe.block_offload.suspended():
+        assert not weight.isnan().any()
+        weight.add_(1)
+    edited = run(pipe, "flux")
+    assert weight.isnan().all() and not torch.equal(edited, expected)
+    pipe.disable_block_offload()
+    assert torch.equal(run(pipe.to(device), "flux"), edited)
+
+
+def test_a_weight_that_is_replaced_counts(device):
+    pipe = build("flux", torch.bfloat16, device)
+    enable(pipe, device)
+    run(pipe, "flux")
+    layer = pipe.transformer.single_transformer_blocks[0].proj_mlp
+    value = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    layer.weight.data = value.clone()
+    edited = run(pipe, "flux")
+    pipe.disable_block_offload()
+    assert torch.equal(layer.weight.cpu(), value)
+    assert torch.equal(run(pipe.to(device), "flux"), edited)
+
+
+def test_other_dtypes_and_tied_weights(device):
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(32, 32).to(torch.float64)
+            self.b = torch.nn.Linear(32, 32)
+            self.c = torch.nn.Linear(32, 32)
+            self.c.weight = self.b.weight
+            self.d = torch.nn.Parameter(torch.randn(64, 32)[::2])
+            self.register_buffer("steps", torch.arange(7))
+            self.register_buffer("scale", torch.randn(33).to(torch.bfloat16))
+
+        def forward(self, x):
+            y = self.a(x.double()).float() + self.c(self.b(x)) @ self.d
+            return y * self.scale[:32].float() + self.steps.sum()
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(5)
+            self.blocks = torch.nn.ModuleList(Odd() for _ in range(4))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x).tanh()
+            return x
+
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).to(device)
+    expected = Net().requires_grad_(False).to(device)(x)
+    offloaded = Net().requires_grad_(False)
+    weights = weights_of(offloaded)
+    handle = diffusers_offload.enable_block_offload(
+        offloaded, device=device, offload_ratio=1.0, tier="packed"
+    )
+    assert any(isinstance(unit.weights.host, PackedMemory) for unit in handle._engine.units)
+    assert offloaded.blocks[1].steps.tolist() == list(range(7))  # as it is, and so to be read
+    for _ in range(2):
+        assert torch.equal(offloaded(x), expected)
+    handle.disable()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(offloaded).items())
+    assert offloaded.blocks[0].c.weight is offloaded.blocks[0].b.weight
+
+
+def test_buffers_that_a_forward_writes_to(device):
+    def net():
+        torch.manual_seed(0)
+        made = odd_nets.Net(*(odd_nets.Counts() for _ in range(4)))
+        return made.eval().requires_grad_(False)
+
+    x = torch.randn(2, 3, odd_nets.WIDTH, generator=torch.Generator().manual_seed(1)).to(device)
+    resident, offloaded = net().to(device), net()
+    handle = diffusers_offload.enable_block_offload(
+        offloaded, device=device, offload_ratio=1.0, tier="packed"
+    )
+    for _ in range(3):
+        assert torch.equal(offloaded(x), resident(x))
+    handle.disable()
+    for a, b in zip(offloaded.state_dict().values(), resident.state_dict().values(), strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+def test_memory_is_given_back(device):
+    if device == "cpu":
+        pytest.skip("the CPU needs no ring")
+    pipe = build("flux", torch.bfloat16, device)
+    expected = run(pipe, "flux")
+    enable(pipe, device)
+    run(pipe, "flux")
+    tier = pipe.block_offload._engine.packed
+    assert 0 < tier.staging_bytes <= packed.SLOTS * packed.SLOT_BYTES
+    pipe.disable_block_offload()
+    assert tier.staging_bytes == 0
+    assert torch.equal(run(pipe.to(device), "flux"), expected)

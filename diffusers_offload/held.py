@@ -14,6 +14,7 @@ from . import hooks, recovery, refusals
 from .component import Component
 from .engine import Engine
 from .log import logger
+from .packing import unpacks_fast
 from .statedicts import TrueStates
 from .target import Target, build_component, owners_in
 from .units import own_tensors, tensors_of
@@ -103,7 +104,24 @@ class Held:
             )
             self.renew()
         self.engine.notice_silent_edits(self.component)
+        if self._gains_by_packing():
+            self._pack()
         self.component.checked = True
+
+    def _gains_by_packing(self) -> bool:
+        """Whether it waited for the bus, and less may be sent over it."""
+        budget, device = self.engine.budget, self.engine.device
+        may = self.target.may_pack and budget is not None and unpacks_fast(device)
+        return may and budget.is_bound_by_copies(self.component)
+
+    def _pack(self) -> None:
+        logger.info("%s waits for the bus: its units are packed from now on", self.component.name)
+        self.target = self.target.packed()
+        if self._states is None:
+            self._states = TrueStates(self.engine, self.component)
+        self.engine.roster.pack(self.component)
+        for handle in self.owners:
+            handle.remember(self)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

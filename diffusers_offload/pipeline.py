@@ -69,11 +69,13 @@ class BlockOffloadMixin:
                 that a forward is predicted to be the shortest. None: what the device has free, where
                 `offload_ratio` is None.
             max_host_memory: upper bound on the host memory that holds weights. What does not fit is packed where the
-                device unpacks fast, goes to disk if `offload_dir` is given, and stays on the device otherwise. With weights on disk it bounds the buffers
-                that they pass through and are kept in; None: half of what the machine has available.
+                device unpacks fast, goes to disk if `offload_dir` is given, and stays on the device otherwise. With
+                weights on disk it bounds the buffers that they pass through and are kept in; None: half of what the
+                machine has available.
             tier: where weights are while they are not on the device: "pinned" host memory, "packed" (host memory,
                 without loss in some 70 % of the bytes; NaN stands in for the weights meanwhile), or "disk". None:
-                pinned, unless `max_host_memory` is too little for it.
+                pinned, unless `max_host_memory` is too little for it; what is seen to wait for the bus is packed
+                before the next call of the pipeline.
             offload_dir: folder for weights on disk: a sub-folder per component, one .safetensors file per block.
                 What is there from before is used again if it is the same, and kept when offloading is disabled.
             num_disk_workers: threads that read.

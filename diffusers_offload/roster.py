@@ -161,6 +161,19 @@ class Roster:
             self._transfers.packed.close()
         self.streams.empty_cache()
 
+    def pack(self, component: Component) -> None:
+        """From now on what streams of a component is packed while it is not on the device."""
+        self._withdraw(component)
+        self.streams.synchronize(f"copies of {component.name}, whose memory is about to go")
+        component.tier = "packed"
+        for unit in component.streamed:
+            fresh = renewed(unit.weights)  # laid out for where the tensors look now
+            packed = self._transfers.packed.pack(fresh)
+            if packed is not None:
+                fresh.move_to_host(packed, filled=True)
+                unit.weights = fresh
+        self._forget(component)  # what was measured was measured with more to copy
+
     def stream_again(self, unit: Unit) -> None:
         """Undo `make_resident`."""
         component = unit.component

@@ -125,7 +125,13 @@ def make_target(name: str, module: nn.Module, request: Request, by_name: bool) -
         note = "an autoencoder, run in tiles" if anatomy.parts else "no blocks found"
         return Target(name, module, OffloadPolicy("model", tier=policy.tier), anatomy, note=note)
     return Target(
-        name, module, policy, anatomy, choose_residents(anatomy, policy), flexible=name not in request.by_name
+        name,
+        module,
+        policy,
+        anatomy,
+        choose_residents(anatomy, policy),
+        flexible=name not in request.by_name,
+        may_pack=name not in request.by_name and request.tier is None and policy.tier == "pinned",
     )
 
 

@@ -29,6 +29,7 @@ class Target:
         findings: what running it has shown.
         stays: the stem stays as well.
         flexible: its units may be made smaller where memory is short: the user did not name their size.
+        may_pack: its units may be packed where that is faster: the user did not say where they are to be.
         note: why the policy is not what the call asked for, or "".
     """
 
@@ -41,6 +42,7 @@ class Target:
     findings: Findings = field(default_factory=Findings)
     stays: bool = False
     flexible: bool = False
+    may_pack: bool = False
     note: str = ""
 
     @property
@@ -63,6 +65,10 @@ class Target:
         """The same component with everything on the device, in units that may leave it if memory is short."""
         everything = frozenset(range(len(self.anatomy.parts) if self.policy.streams else 0))
         return replace(self, residents=everything, stays=True, note="everything fits, so nothing streams")
+
+    def packed(self) -> Target:
+        """The same component, its units packed while they are not on the device."""
+        return replace(self, policy=replace(self.policy, tier="packed"), may_pack=False)
 
     def finer(self) -> Target | None:
         """The same component in smaller units; None if there are none, or the user wants these."""

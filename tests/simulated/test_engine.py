@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import diffusers_offload
+from diffusers_offload import held
 
 from .device import THE
 
@@ -155,6 +156,31 @@ def test_what_is_predicted_comes_true(share):
     assert THE.memory.peak_allocated == pytest.approx(prediction.peak_bytes, rel=0.02)
     assert step == pytest.approx(prediction.seconds, rel=0.05)
     handle.disable()
+
+
+def test_what_waits_for_the_bus_is_packed_before_the_next_call(monkeypatch):
+    net, x = large_net(12)
+    before, activations, weights = needs(net, x)
+    expected = net.to(DEVICE)(x).cpu()
+    net.to("cpu")
+    values = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    monkeypatch.setattr(held, "unpacks_fast", lambda device: True)
+    limit = before + activations + weights // 2
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, max_device_memory=limit)
+    with handle.calling():
+        for _ in range(4):
+            assert torch.equal(net(x).cpu(), expected)
+    before = handle.report()
+    assert before.packed is None
+    with handle.calling():
+        for _ in range(4):
+            assert torch.equal(net(x).cpu(), expected)
+    after = handle.report()
+    assert after.packed is not None and after.host_bytes < 0.9 * before.host_bytes
+    assert handle.predictions()  # measured anew
+    assert all(torch.equal(tensor, values[name]) for name, tensor in net.state_dict().items())
+    handle.disable()
+    assert all(torch.equal(tensor, values[name]) for name, tensor in net.state_dict().items())
 
 
 def test_what_stays_is_what_the_disk_would_be_read_for(tmp_path):

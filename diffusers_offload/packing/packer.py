@@ -209,22 +209,24 @@ def _write(out: torch.Tensor, offset: int, values: torch.Tensor, width: int, fir
     """
     each = 8 // width
     if each > 1:
-        values = torch.nn.functional.pad(values, (0, -len(values) % each)).view(-1, each)
-        packed = values[:, 0].clone()
+        values = torch.nn.functional.pad(values, (0, -len(values) % each))
+        words = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[each])
+        joined = words.clone()
         for place in range(1, each):
-            packed |= values[:, place] << (place * width)
-        values = packed
+            joined |= words >> (place * (8 - width))
+        values = (joined & 0xFF).to(torch.uint8)
     _put(out, offset + first * width // 8, values)
 
 
 def _write_rare(out: torch.Tensor, offset: int, codes: torch.Tensor) -> None:
     """Write codes of 3 bits one behind the other, 8 codes in 3 bytes, lowest bits first."""
     for first in range(0, len(codes), _CHUNK):
-        eight = codes[first : first + _CHUNK].view(-1, 8).to(torch.int32)
-        word = eight[:, 0].clone()
-        for place in range(1, 8):
-            word |= eight[:, place] << (RARE_BITS * place)
-        three = torch.stack([word & 255, word >> 8 & 255, word >> 16], dim=1).to(torch.uint8).view(-1)
+        words = codes[first : first + _CHUNK].view(torch.int64)
+        # Pairs, then fours, then all eight side by side.
+        for shift, mask in ((5, 0x003F003F003F003F), (10, 0x00000FFF00000FFF), (20, 0xFFFFFF)):
+            words = (words | words >> shift) & mask
+        words = words.to(torch.int32)
+        three = words.view(torch.uint8).view(-1, 4)[:, :RARE_BITS].reshape(-1)
         _put(out, offset + first * RARE_BITS // 8, three)
 
 

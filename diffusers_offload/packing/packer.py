@@ -20,7 +20,7 @@ from .piece import BLOCK, RARE_BITS, Piece, packed_nbytes
 SMALLEST = (
     128 * 1024
 )  # bytes of a tensor worth coding: starting a kernel takes as long as the bus for 300 KiB
-_SAMPLE = 64 * 1024  # exponents that choose a table
+_SAMPLE = 16 * 1024  # exponents that choose a table
 _CHUNK = 1024 * BLOCK  # elements worked on at once: some 30 bytes of scratch for each
 _PRIME = 2_654_435_761  # steps through a tensor so that no stride of its own can hide from the sample
 
@@ -117,8 +117,8 @@ def _sample(slab: torch.Tensor, run: Run) -> torch.Tensor:
     if len(elements) > _SAMPLE:
         steps = torch.arange(_SAMPLE, device=slab.device)
         elements = elements[steps * _PRIME % len(elements)]
-    exponents = _exponents(elements, made)
-    every = torch.arange(256, dtype=exponents.dtype, device=slab.device)
+    exponents = _exponents(elements, made).to(torch.uint8)
+    every = torch.arange(256, device=slab.device).to(torch.uint8)
     return (exponents.unsqueeze(0) == every.unsqueeze(1)).sum(dim=1)
 
 

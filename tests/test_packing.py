@@ -94,9 +94,10 @@ def test_an_empty_unit_is_packed_to_nothing():
 
 
 @pytest.mark.parametrize("name", FORMAT_NAMES)
-def test_long_tensors_are_decoded_in_chunks(name, monkeypatch):
-    monkeypatch.setattr(decoder, "_CHUNK", 2 * BLOCK)
-    round_trip([weights(9 * BLOCK + 77, DTYPES[name])], slot=2**20)
+def test_long_tensors_are_decoded_in_chunks(name, monkeypatch, device):
+    for chunk in ("_CHUNK", "_CHUNK_ELSEWHERE"):
+        monkeypatch.setattr(decoder, chunk, 2 * BLOCK)
+    round_trip([weights(9 * BLOCK + 77, DTYPES[name])], device, slot=2**20)
 
 
 def test_a_sample_may_miss_exponents():
@@ -334,7 +335,8 @@ def test_whatever_is_accepted_lies_inside():
 @pytest.mark.parametrize("chunk", [BLOCK, 64 * BLOCK])
 @pytest.mark.parametrize("name", FORMAT_NAMES)
 def test_corrupt_bytes_do_no_harm(name, chunk, device, monkeypatch):
-    monkeypatch.setattr(decoder, "_CHUNK", chunk)
+    for each in ("_CHUNK", "_CHUNK_ELSEWHERE"):
+        monkeypatch.setattr(decoder, each, chunk)
     slab, layout = slab_of([weights(2 * BLOCK + 11, DTYPES[name])], device)
     packed = pack(slab, layout, SLOT, smallest=0)
     dice = torch.Generator().manual_seed(0)
@@ -362,8 +364,9 @@ def test_what_does_not_fit_a_piece_is_refused():
     ):
         with pytest.raises(ValueError):  # noqa: PT011
             unpack(piece, staged, destination)
-    with pytest.raises(ValueError, match="slab"):
-        pack(slab[:-1], layout, SLOT)
+    for wrong in (slab[:-1], torch.cat([slab, slab])[16:], slab.view(torch.int8)):
+        with pytest.raises(ValueError, match="slab"):
+            pack(wrong, layout, SLOT)
 
 
 def test_a_piece_knows_its_streams():

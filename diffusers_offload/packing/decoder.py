@@ -17,6 +17,7 @@ from .formats import COMMON, ENTRIES, FORMATS, RARE, Format
 from .piece import BLOCK, RARE_BITS, Piece
 
 _CHUNK = 64 * BLOCK  # elements at once on the CPU: scratch stays in its cache
+_CHUNK_ELSEWHERE = 1024 * BLOCK  # some 20 bytes of scratch for each
 _TABLES = 16  # tensors whose tables are kept, 0.5 to 1 MiB each
 _SIGN = {1: 0x80, 2: -0x8000, 4: -0x80000000}  # the highest bit, by itemsize
 
@@ -31,7 +32,7 @@ def decode(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
     made = FORMATS[piece.format]
     tables = _tables(piece.table, made, staged.device)
     out = out.view(made.integer)
-    step = _CHUNK if staged.device.type == "cpu" else len(out)
+    step = _CHUNK if staged.device.type == "cpu" else _CHUNK_ELSEWHERE
     starts = _starts(piece, staged, step // BLOCK)
     for rank, first in enumerate(range(0, len(out), step)):
         escapes = zip(starts[rank], starts[rank + 1], strict=True)

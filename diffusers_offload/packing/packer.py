@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..slab import Layout, align
+from ..slab import ALIGNMENT, Layout, align
 from . import cutting
 from .cutting import Run
 from .formats import COMMON, FORMATS, SPELLED, Format, choose_table, symbols
@@ -54,6 +54,8 @@ def pack(slab: torch.Tensor, layout: Layout, slot_nbytes: int, smallest: int = S
     cutting.check_slot(slot_nbytes)
     if slab.dtype != torch.uint8 or slab.dim() != 1 or not slab.is_contiguous() or len(slab) < layout.nbytes:
         raise ValueError("a slab is a contiguous uint8 tensor with one dimension, as long as its layout")
+    if slab.storage_offset() % ALIGNMENT:
+        raise ValueError(f"a slab starts at a multiple of {ALIGNMENT} bytes of its storage")
     with torch.inference_mode(False), torch.no_grad():
         runs = cutting.find_runs(layout, smallest)
         cuts = _cut_coded(slab, [run for run in runs if run.format is not None], slot_nbytes)

@@ -22,7 +22,7 @@ def unpack(piece: Piece, staged: torch.Tensor, destination: torch.Tensor) -> Non
 
     Args:
         staged: uint8, contiguous: the piece's packed bytes from its first on, at an address that is a multiple
-            of 128.
+            of 16 (128 is faster).
         destination: uint8, contiguous, on the same device: the slab.
 
     Raises:

@@ -26,6 +26,7 @@ from diffusers_offload.packing import (
 )
 from diffusers_offload.packing.formats import ENTRIES, FORMATS, choose_table
 from diffusers_offload.packing.piece import BLOCK, LARGEST, SOURCE_ALIGNMENT
+from diffusers_offload.packing.queued import decode_queued
 from diffusers_offload.slab import Layout, Placement, Region, Span
 
 FORMAT_NAMES = sorted(DTYPES)
@@ -94,9 +95,9 @@ def test_an_empty_unit_is_packed_to_nothing():
 
 
 @pytest.mark.parametrize("name", FORMAT_NAMES)
-def test_long_tensors_are_decoded_in_chunks(name, monkeypatch):
+def test_long_tensors_are_decoded_in_chunks(name, monkeypatch, device):
     monkeypatch.setattr(decoder, "_CHUNK", 2 * BLOCK)
-    round_trip([weights(9 * BLOCK + 77, DTYPES[name])], slot=2**20)
+    round_trip([weights(9 * BLOCK + 77, DTYPES[name])], device, slot=2**20)
 
 
 def test_a_sample_may_miss_exponents():
@@ -331,6 +332,28 @@ def test_whatever_is_accepted_lies_inside():
 
 
 @pytest.mark.usefixtures("always_coded")
+@pytest.mark.parametrize("kind", ["plain", "constant", "patterns"])
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_both_decoders_agree(name, kind, device):
+    """That of the CPU, and that of devices which must not be waited for."""
+    counts = (1, 3, BLOCK, 2 * BLOCK + 77)
+    dtype = DTYPES[name]
+    made = {
+        "plain": [weights(count, dtype) for count in counts],
+        "constant": [torch.ones(count).to(dtype) for count in counts],
+        "patterns": [patterns(dtype)],
+    }
+    for tensor in made[kind]:
+        slab, layout = slab_of([tensor], device)
+        packed = pack(slab, layout, SLOT, smallest=0)
+        assert packed.pieces
+        for piece in (each for each in packed.pieces if each.format is not None):
+            out = torch.zeros(piece.stop - piece.start, dtype=torch.uint8, device=device)
+            decode_queued(piece, packed.bytes[piece.source :], out)
+            assert torch.equal(out, slab[piece.start : piece.stop])
+
+
+@pytest.mark.usefixtures("always_coded")
 @pytest.mark.parametrize("chunk", [BLOCK, 64 * BLOCK])
 @pytest.mark.parametrize("name", FORMAT_NAMES)
 def test_corrupt_bytes_do_no_harm(name, chunk, device, monkeypatch):
@@ -345,6 +368,9 @@ def test_corrupt_bytes_do_no_harm(name, chunk, device, monkeypatch):
             noise = torch.randint(0, 256, (len(packed.bytes),), dtype=torch.uint8, generator=dice)
         packed.bytes.copy_(noise)
         unpacked(packed)
+        for piece in packed.pieces:
+            out = torch.empty(piece.stop - piece.start, dtype=torch.uint8, device=device)
+            decode_queued(piece, packed.bytes[piece.source :], out)
 
 
 def test_what_does_not_fit_a_piece_is_refused():
@@ -362,8 +388,9 @@ def test_what_does_not_fit_a_piece_is_refused():
     ):
         with pytest.raises(ValueError):  # noqa: PT011
             unpack(piece, staged, destination)
-    with pytest.raises(ValueError, match="slab"):
-        pack(slab[:-1], layout, SLOT)
+    for wrong in (slab[:-1], torch.cat([slab, slab])[16:], slab.view(torch.int8)):
+        with pytest.raises(ValueError, match="slab"):
+            pack(wrong, layout, SLOT)
 
 
 def test_a_piece_knows_its_streams():

@@ -1,24 +1,23 @@
-"""Unpacks a coded piece with torch operations that every device has: comparisons, shifts, look-ups, `nonzero`.
+"""Unpacks a coded piece on the CPU with torch operations: shifts, look-ups, a running sum.
 
-Four codes make a byte, so four exponents are looked up at once, shifted to where the element has them. The elements
-that escape are found by `nonzero` on the CPU; as they are stored in the same order, nothing has to be searched for.
-Other devices must not be waited for: there a running sum says which escape an element is.
-What the bytes say is not trusted: no position is taken from them without a bound.
+Elements are taken four at a time. A byte of codes says which of the four escape, and what the others' exponents are;
+with the next four rare codes, 12 bits, it says all, but for exponents that are spelled out. So four elements are one
+look-up in a table of 65,536 rows. What the bytes say is not trusted: no position is taken from them without a bound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch
 
-from .formats import COMMON, FORMATS, RARE, Format
+from .formats import COMMON, ENTRIES, FORMATS, RARE, Format
 from .piece import BLOCK, RARE_BITS, Piece
 
 _CHUNK = 64 * BLOCK  # elements at once on the CPU: scratch stays in its cache
-_ESCAPE = COMMON
-_SPELLED = RARE
+_TABLES = 16  # tensors whose tables are kept, 0.5 to 1 MiB each
 _SIGN = {1: 0x80, 2: -0x8000, 4: -0x80000000}  # the highest bit, by itemsize
 
 
@@ -32,61 +31,88 @@ def decode(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
     made = FORMATS[piece.format]
     tables = _tables(piece.table, made, staged.device)
     out = out.view(made.integer)
-    if staged.device.type != "cpu":
-        _decode_queued(piece, staged, out, tables)
-        return
     starts = _starts(piece, staged, _CHUNK // BLOCK)
     for rank, first in enumerate(range(0, len(out), _CHUNK)):
-        _decode_chunk(piece, staged, out[first : first + _CHUNK], first, tables, *starts[rank])
+        escapes = zip(starts[rank], starts[rank + 1], strict=True)
+        ranges = tuple(slice(start, max(start, stop)) for start, stop in escapes)
+        _decode_chunk(piece, staged, out[first : first + _CHUNK], first, tables, *ranges)
 
 
 def _starts(piece: Piece, staged: torch.Tensor, every: int) -> list[tuple[int, int]]:
-    """For each chunk of `every` blocks, the ranks of its first rare code and of its first spelled exponent."""
+    """For each chunk of `every` blocks, and the end, how many rare codes and spelled exponents lie before it."""
     blocks = -(-piece.elements // BLOCK)
+    end = (piece.rare, piece.spelled)
     if blocks <= every:
-        return [(0, 0)]
+        return [(0, 0), end]
     at = piece.streams.starts
     both = staged[at : at + 8 * blocks].view(torch.int32).view(2, blocks)[:, ::every].tolist()
-    return [
-        (min(max(rare, 0), piece.rare), min(max(spelled, 0), piece.spelled))
-        for rare, spelled in zip(*both, strict=True)
-    ]
+    bounded = ([min(max(start, 0), most) for start in row] for row, most in zip(both, end, strict=True))
+    return [*zip(*bounded, strict=True), end]
 
 
+@dataclass(frozen=True)
 class _Tables:
-    """What bytes of codes stand for, with exponents shifted to where an element has them.
+    """What stands for four elements, with exponents shifted to where an element has them.
 
     Attributes:
-        common: (256,) of four elements' bits each, or (256, 4) if they fill more than 8 bytes.
-        escapes: int32 (256,): four bytes, 1 for each code that is an escape.
-        rare: one element's bits for each rare code.
+        common: (256,) by the byte of codes; 0 for escapes. (256, 4) if four elements fill more than 8 bytes.
+        rare: the same for the escapes (65536,), by which of the four escape and the next four rare codes.
     """
 
-    def __init__(self, table: Sequence[int], made: Format, device: torch.device) -> None:
-        codes, escapes = _bytes_of_codes()
-        dtype = made.integer
-        bits = [exponent << made.mantissa_bits for exponent in table]
-        common = torch.tensor([*bits[:COMMON], 0], dtype=torch.int64)[codes]
-        rare = torch.tensor([*bits[COMMON:], 0], dtype=torch.int64)
-        four = {1: torch.int32, 2: torch.int64}.get(made.itemsize)
-        common = common.to(dtype)
-        self.common = (common.view(four).view(-1) if four else common).to(device)
-        self.escapes = escapes.to(device)
-        self.rare = rare.to(dtype).to(device)
+    common: torch.Tensor
+    rare: torch.Tensor
 
 
-@lru_cache(4096)  # of some KiB each; to put them on a device is to wait for it
+@lru_cache(_TABLES)
 def _tables(table: tuple[int, ...], made: Format, device: torch.device) -> _Tables:
     with torch.inference_mode(False):
-        return _Tables(table, made, device)
+        bits = torch.tensor([*(exponent << made.mantissa_bits for exponent in table), 0]).to(made.integer)
+        four = {1: torch.int32, 2: torch.int64}.get(made.itemsize)
+        places = (_bytes_of_codes()[0], _fours().to(torch.int64))
+        common, rare = (bits[each].view(four).view(-1) if four else bits[each] for each in places)
+        return _Tables(common.to(device), rare.to(device))
 
 
 @cache
 def _bytes_of_codes() -> tuple[torch.Tensor, torch.Tensor]:
-    """The four codes in each byte, int64 (256, 4); and which of them are escapes, as int32 (256,) of four bytes."""
+    """For each byte of codes its four entries in a table, int64 (256, 4); and which escape: 4 bits, int32 (256,)."""
+    codes = torch.arange(256).unsqueeze(1) >> torch.arange(0, 8, 2) & 3
+    escapes = codes == COMMON
+    return torch.where(escapes, ENTRIES, codes), (escapes << torch.arange(4)).sum(dim=1).to(torch.int32)
+
+
+@cache
+def _fours() -> torch.Tensor:
+    """For each 4 bits (which escape) and 12 (rare codes) the escapes' entries in a table, uint8 (65536, 4).
+
+    `ENTRIES` for the others and for those that are spelled out; the latter's rank is the former's plus one.
+    """
+    rows = torch.arange(1 << 16)
+    entries, rank = [], torch.zeros_like(rows)
+    for place in range(4):
+        escapes = rows >> (12 + place) & 1
+        digit = rows >> (RARE_BITS * rank) & RARE
+        entries.append(torch.where((escapes == 1) & (digit < RARE), COMMON + digit, ENTRIES))
+        rank = rank + escapes
+    return torch.stack(entries, dim=1).to(torch.uint8)
+
+
+@cache
+def _spellings() -> torch.Tensor:
+    """For each row of `_fours` which of the four elements are spelled out: bool (65536, 4)."""
+    escapes = (torch.arange(1 << 16).unsqueeze(1) >> torch.arange(12, 16) & 1) == 1
+    return escapes & (_fours() == ENTRIES)
+
+
+@lru_cache(_TABLES)
+def _on(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """On `device`: by the byte of codes, which escape (shifted to the row of `_fours`) and how many; `_spellings`,
+    and whether there is one."""
     with torch.inference_mode(False):
-        codes = torch.arange(256).unsqueeze(1) >> torch.arange(0, 8, 2) & 3
-        return codes, (codes == _ESCAPE).to(torch.uint8).view(torch.int32).view(-1)
+        which = _bytes_of_codes()[1]
+        count = sum(which >> place & 1 for place in range(4))
+        spelled = _spellings()
+        return tuple(each.to(device) for each in (which << 12, count, spelled, spelled.any(dim=1)))
 
 
 def _decode_chunk(
@@ -95,66 +121,50 @@ def _decode_chunk(
     out: torch.Tensor,
     first: int,
     tables: _Tables,
-    rare: int,
-    spelled: int,
+    rare: slice,
+    spelled: slice,
 ) -> None:
-    """Write `out`, whose first element is the piece's `first`, before which there were so many escapes."""
+    """Write `out`, whose first element is the piece's `first`; of the escapes, these ranges belong to it."""
     made, streams, count = FORMATS[piece.format], piece.streams, len(out)
     at = streams.codes + first // 4
     codes = staged[at : at + -(-count // 4)].to(torch.int32)
-    elements = tables.common.index_select(0, codes).view(-1).view(made.integer)
-    escapes = tables.escapes.index_select(0, codes).view(torch.uint8)[:count]
-    where = escapes.view(torch.bool).nonzero().view(-1)[: piece.rare - rare]
-    if len(where):
-        rare_codes = _rare_codes(staged, streams.rare, rare, len(where))
-        bits = tables.rare.index_select(0, rare_codes)
-        unnamed = (rare_codes == _SPELLED).nonzero().view(-1)[: piece.spelled - spelled]
-        if len(unnamed):
-            at = streams.spelled + spelled
-            exponents = staged[at : at + len(unnamed)] & (made.exponents - 1)
-            bits[unnamed] = exponents.to(made.integer) << made.mantissa_bits
-        elements[where] = bits
-    _add_rest(made, streams.rest, staged, elements[:count], first, out)
+    elements = tables.common.index_select(0, codes)
+    if rare.stop > rare.start:
+        which, escapes, spellings, any_spelling = _on(staged.device)
+        escapes = escapes.index_select(0, codes)
+        before = torch.cumsum(escapes, 0, dtype=torch.int32).sub_(escapes)
+        before.clamp_(max=rare.stop - rare.start)  # there is no more, if the codes are corrupt
+        next_four = _next_fours(staged, streams.rare, rare).index_select(0, before)
+        rows = which.index_select(0, codes).bitwise_or_(next_four)
+        elements.bitwise_or_(tables.rare.index_select(0, rows))
+        if spelled.stop > spelled.start:
+            some = any_spelling.index_select(0, rows).nonzero().view(-1)
+            found = spellings[rows[some].to(torch.int64)].nonzero()
+            where = (some[found[:, 0]] * 4 + found[:, 1])[: spelled.stop - spelled.start]
+            at = streams.spelled + spelled.start
+            exponents = staged[at : at + len(where)] & (made.exponents - 1)
+            elements.view(-1).view(made.integer)[where] = exponents.to(made.integer) << made.mantissa_bits
+    elements = elements.view(-1).view(made.integer)
+    add_rest(made, streams.rest, staged, elements[:count], first, out)
 
 
-def _decode_queued(piece: Piece, staged: torch.Tensor, out: torch.Tensor, tables: _Tables) -> None:
-    """Write `out` without waiting for the device, which `nonzero` does: each escape is told its rank instead."""
-    made, streams, count = FORMATS[piece.format], piece.streams, len(out)
-    codes = staged[streams.codes : streams.codes + -(-count // 4)].to(torch.int32)
-    elements = tables.common.index_select(0, codes).view(-1).view(made.integer)[:count]
-    if piece.rare:
-        escapes = tables.escapes.index_select(0, codes).view(torch.uint8)[:count]
-        rare_codes = _rare_codes(staged, streams.rare, 0, piece.rare)
-        bits = tables.rare.index_select(0, rare_codes)
-        if piece.spelled:
-            unnamed = rare_codes == _SPELLED
-            at = streams.spelled
-            exponents = staged[at : at + piece.spelled] & (made.exponents - 1)
-            spelled = exponents.to(made.integer) << made.mantissa_bits
-            bits = torch.where(unnamed, spelled.index_select(0, _ranks(unnamed, piece.spelled)), bits)
-        named = bits.index_select(0, _ranks(escapes, piece.rare))
-        elements = torch.where(escapes.view(torch.bool), named, elements)
-    _add_rest(made, streams.rest, staged, elements, 0, out)
-
-
-def _ranks(flags: torch.Tensor, count: int) -> torch.Tensor:
-    """For each flag that is set, how many are set before it, int32; for the others anything from 0 to `count` - 1."""
-    return flags.cumsum(0, dtype=torch.int32).sub_(1).clamp_(0, count - 1)
-
-
-def _rare_codes(staged: torch.Tensor, offset: int, first: int, count: int) -> torch.Tensor:
-    """Rare codes `first` to `first + count` of the stream at `offset`, int32."""
-    skipped = first % 8
-    at = offset + first // 8 * RARE_BITS
-    eights = -(-(skipped + count) // 8)
+def _next_fours(staged: torch.Tensor, offset: int, which: slice) -> torch.Tensor:
+    """From each of these rare codes (and the end) on, the next four of the stream at `offset`: 12 bits, int32."""
+    skipped = which.start % 8
+    at = offset + which.start // 8 * RARE_BITS
+    eights = -(-(skipped + which.stop - which.start) // 8)
     three = staged[at : at + eights * RARE_BITS].view(-1, RARE_BITS).to(torch.int32)
-    words = three[:, 0] | three[:, 1] << 8 | three[:, 2] << 16
-    shifts = torch.arange(0, 8 * RARE_BITS, RARE_BITS, dtype=torch.int32, device=staged.device)
-    codes = words.unsqueeze(1) >> shifts & ((1 << RARE_BITS) - 1)
-    return codes.view(-1)[skipped : skipped + count]
+    words = torch.zeros(eights + 2, dtype=torch.int32, device=staged.device)
+    words[:eights] = three[:, 0] | three[:, 1] << 8 | three[:, 2] << 16
+    # Codes 0 to 3 of a word need nothing of the next one, codes 4 to 7 its lower half.
+    later = words[:-1] >> 12 | (words[1:] & 0xFFF) << 12
+    halves = torch.stack([words[:-1], later], dim=1).unsqueeze(2)
+    shifts = torch.arange(0, 4 * RARE_BITS, RARE_BITS, dtype=torch.int32, device=staged.device)
+    fours = (halves >> shifts & 0xFFF).view(-1)
+    return fours[skipped : skipped + which.stop - which.start + 1]
 
 
-def _add_rest(
+def add_rest(
     made: Format,
     offsets: Sequence[int],
     staged: torch.Tensor,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..slab import Layout, align
+from ..slab import ALIGNMENT, Layout, align
 from . import cutting
 from .cutting import Run
 from .formats import COMMON, FORMATS, SPELLED, Format, choose_table, symbols
@@ -20,7 +20,7 @@ from .piece import BLOCK, RARE_BITS, Piece, packed_nbytes
 SMALLEST = (
     128 * 1024
 )  # bytes of a tensor worth coding: starting a kernel takes as long as the bus for 300 KiB
-_SAMPLE = 64 * 1024  # exponents that choose a table
+_SAMPLE = 16 * 1024  # exponents that choose a table
 _CHUNK = 1024 * BLOCK  # elements worked on at once: some 30 bytes of scratch for each
 _PRIME = 2_654_435_761  # steps through a tensor so that no stride of its own can hide from the sample
 
@@ -54,6 +54,8 @@ def pack(slab: torch.Tensor, layout: Layout, slot_nbytes: int, smallest: int = S
     cutting.check_slot(slot_nbytes)
     if slab.dtype != torch.uint8 or slab.dim() != 1 or not slab.is_contiguous() or len(slab) < layout.nbytes:
         raise ValueError("a slab is a contiguous uint8 tensor with one dimension, as long as its layout")
+    if slab.storage_offset() % ALIGNMENT:
+        raise ValueError(f"a slab starts at a multiple of {ALIGNMENT} bytes of its storage")
     with torch.inference_mode(False), torch.no_grad():
         runs = cutting.find_runs(layout, smallest)
         cuts = _cut_coded(slab, [run for run in runs if run.format is not None], slot_nbytes)
@@ -117,8 +119,8 @@ def _sample(slab: torch.Tensor, run: Run) -> torch.Tensor:
     if len(elements) > _SAMPLE:
         steps = torch.arange(_SAMPLE, device=slab.device)
         elements = elements[steps * _PRIME % len(elements)]
-    exponents = _exponents(elements, made)
-    every = torch.arange(256, dtype=exponents.dtype, device=slab.device)
+    exponents = _exponents(elements, made).to(torch.uint8)
+    every = torch.arange(256, device=slab.device).to(torch.uint8)
     return (exponents.unsqueeze(0) == every.unsqueeze(1)).sum(dim=1)
 
 
@@ -209,22 +211,24 @@ def _write(out: torch.Tensor, offset: int, values: torch.Tensor, width: int, fir
     """
     each = 8 // width
     if each > 1:
-        values = torch.nn.functional.pad(values, (0, -len(values) % each)).view(-1, each)
-        packed = values[:, 0].clone()
+        values = torch.nn.functional.pad(values, (0, -len(values) % each))
+        words = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[each])
+        joined = words.clone()
         for place in range(1, each):
-            packed |= values[:, place] << (place * width)
-        values = packed
+            joined |= words >> (place * (8 - width))
+        values = (joined & 0xFF).to(torch.uint8)
     _put(out, offset + first * width // 8, values)
 
 
 def _write_rare(out: torch.Tensor, offset: int, codes: torch.Tensor) -> None:
     """Write codes of 3 bits one behind the other, 8 codes in 3 bytes, lowest bits first."""
     for first in range(0, len(codes), _CHUNK):
-        eight = codes[first : first + _CHUNK].view(-1, 8).to(torch.int32)
-        word = eight[:, 0].clone()
-        for place in range(1, 8):
-            word |= eight[:, place] << (RARE_BITS * place)
-        three = torch.stack([word & 255, word >> 8 & 255, word >> 16], dim=1).to(torch.uint8).view(-1)
+        words = codes[first : first + _CHUNK].view(torch.int64)
+        # Pairs, then fours, then all eight side by side.
+        for shift, mask in ((5, 0x003F003F003F003F), (10, 0x00000FFF00000FFF), (20, 0xFFFFFF)):
+            words = (words | words >> shift) & mask
+        words = words.to(torch.int32)
+        three = words.view(torch.uint8).view(-1, 4)[:, :RARE_BITS].reshape(-1)
         _put(out, offset + first * RARE_BITS // 8, three)
 
 

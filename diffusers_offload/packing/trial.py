@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from ..slab import Layout, Placement, Region, Span
-from .decoder import decode
 from .formats import FORMATS
 from .kernels import launch
 from .packer import pack
 from .piece import BLOCK
+from .queued import decode_queued
 
 _DTYPES = {
     "bf16": torch.bfloat16,
@@ -39,6 +39,6 @@ def agrees(device: torch.device, name: str) -> bool:
     (piece,) = packed.pieces
     assert piece.format == made.name and piece.spelled, "the weights of the trial have to be coded"
     ways = torch.zeros_like(slab), torch.zeros_like(slab)
-    decode(piece, packed.bytes, ways[0])
+    decode_queued(piece, packed.bytes, ways[0])
     launch(piece, packed.bytes, ways[1])
     return torch.equal(slab, ways[0]) and torch.equal(slab, ways[1])

@@ -11,6 +11,7 @@ from ..log import logger
 from .decoder import decode
 from .formats import FORMATS
 from .piece import Piece
+from .queued import decode_queued
 
 _KERNEL_DEVICES = ("cuda", "xpu")
 
@@ -23,7 +24,7 @@ def unpack(piece: Piece, staged: torch.Tensor, destination: torch.Tensor) -> Non
 
     Args:
         staged: uint8, contiguous: the piece's packed bytes from its first on, at an address that is a multiple
-            of 128.
+            of 16 (128 is faster).
         destination: uint8, contiguous, on the same device: the slab.
 
     Raises:
@@ -48,7 +49,12 @@ def unpack(piece: Piece, staged: torch.Tensor, destination: torch.Tensor) -> Non
 
         launch(piece, staged, out)
     else:
-        decode(piece, staged, out)
+        by_torch(piece, staged, out)
+
+
+def by_torch(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the elements of a coded piece to `out` (uint8, as many bytes) without the kernel."""
+    (decode if staged.device.type == "cpu" else decode_queued)(piece, staged, out)
 
 
 def prepare(device: torch.device, pieces: tuple[Piece, ...]) -> None:

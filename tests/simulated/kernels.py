@@ -105,12 +105,19 @@ def _new(shape: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
 
 def _run(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """What the dispatcher calls for every kernel of the device."""
+    args = tuple(_as_declared(each, told) for each, told in zip(args, op._schema.arguments, strict=False))
     special = _SPECIAL.get(op)
     if special is not None:
         return special(*args, **kwargs)
     if _is_view(op):
         return op.redispatch(_CPU, *args, **kwargs)
     return _compute(op, args, kwargs)
+
+
+def _as_declared(value: Any, argument: torch.Argument) -> Any:
+    """A number that the dispatcher unwrapped, as the tensor that some kernels (`bitwise_and.Tensor`) insist on."""
+    declared = str(argument.type) == "Tensor"
+    return torch.tensor(value) if declared and isinstance(value, int) else value
 
 
 def _compute(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:

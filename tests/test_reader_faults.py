@@ -23,7 +23,7 @@ from disks import (  # noqa: F401
     until,
 )
 
-from diffusers_offload.tiers import reader as module
+from diffusers_offload.tiers import digests
 from diffusers_offload.tiers import workers as workers_module
 from diffusers_offload.tiers.blockfile import Stored
 from diffusers_offload.tiers.descriptors import System
@@ -235,7 +235,7 @@ def test_a_worker_killed_without_a_word_is_noticed(tmp_path, monkeypatch):
         read = reader.request(stored, target, 0)
         until(lambda: not all(worker.thread.is_alive() for worker in reader._workers._workers))
         monkeypatch.undo()
-        monkeypatch.setattr(module, "PIECE", PIECE)
+        monkeypatch.setattr(digests, "PIECE", PIECE)
         read.wait()
         assert target[: stored.nbytes].numpy().tobytes() == data
 

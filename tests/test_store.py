@@ -293,7 +293,7 @@ def entry(**edits) -> dict:
 
 MANIFESTS = {
     "another model's": {"identity": OTHER},
-    "of the future": {"format": 2},
+    "of the future": {"format": 3},
     "a key too many": {"more": 1},
     "complete a number": {"complete": 1},
     "files a list": {"files": []},

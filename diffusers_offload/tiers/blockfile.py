@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ..slab import Layout
-from . import header
+from . import digests, header
 from .header import PAGE
 
 TEMPORARY = ".tmp"  # what the name of an unfinished file ends in
@@ -91,7 +91,7 @@ class BlockFile:
 def digest(*pieces: bytes | memoryview) -> str:
     """BLAKE2b (RFC 7693) with 16 bytes, as 32 hexadecimal digits, of `pieces` one behind the other.
 
-    hashlib releases the GIL while it works: threads that do this for several blocks run side by side.
+    For what is small: slabs have `digests` of their own kind.
     """
     state = hashlib.blake2b(digest_size=16)
     for piece in pieces:
@@ -101,7 +101,7 @@ def digest(*pieces: bytes | memoryview) -> str:
 
 def digest_of(part: Part) -> str:
     """The digest of a part's slab as it would be written, with zeros where no tensor lies."""
-    return digest(*_pieces(part))
+    return digests.of_slab(_pieces(part))
 
 
 def as_bytes(data: torch.Tensor) -> memoryview:
@@ -312,7 +312,7 @@ def check(stored: Stored, buffer: torch.Tensor) -> None:
     Raises:
         StoreError: it is something else.
     """
-    if digest(as_bytes(buffer)[: stored.nbytes]) != stored.digest:
+    if digests.of_slab([as_bytes(buffer)[: stored.nbytes]]) != stored.digest:
         stop = stored.offset + stored.nbytes
         what = f"its bytes {stored.offset} to {stop} are not those that were written"
         raise StoreError(unusable(stored.path, what))

@@ -15,12 +15,11 @@ import torch
 from ..log import logger
 from .blockfile import Stored
 from .descriptors import Descriptors, Identity, System
-from .pieces import DiskReadError, cut, open_destination
+from .digests import cut
+from .pieces import DiskReadError, open_destination
 from .workers import ReaderCounters, Workers
 
 __all__ = ["DiskReadError", "Read", "Reader", "ReaderCounters"]
-
-PIECE = 8 * 2**20  # bytes: keeps an NVMe drive busy, and lets an urgent unit wait for milliseconds only
 
 
 class Reader:
@@ -30,7 +29,7 @@ class Reader:
     fail. To be called from any thread.
 
     Args:
-        workers: threads that read at the same time; as many again stand in for those that compare a digest.
+        workers: threads that read at the same time; others hash meanwhile what has come, on all cores if need be.
         timeout: seconds without a byte after which `Read.wait` gives up; also how long `close` waits.
         direct: read past the page cache where the file system allows it.
         system: calls of the operating system, for tests.
@@ -91,8 +90,9 @@ class Read:
         self._workers = workers
         self._destination = open_destination(destination, source.nbytes)
         self._number = 0  # of the request
-        self._pending = deque(cut(source.nbytes, PIECE))  # pieces that no worker has taken
-        self._left = len(self._pending)  # pieces that have not arrived
+        self._pending = deque(cut(source.nbytes))  # pieces that no worker has taken
+        self._left = len(self._pending)  # pieces that have not arrived, or are being hashed
+        self._digests: dict[int, bytes] = {}  # of pieces, by where they start
         self._held = 0  # workers that may touch the destination
         self._failure: DiskReadError | None = None
         self._arrived = False

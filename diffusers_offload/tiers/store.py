@@ -39,7 +39,7 @@ from .sealed import seal, unseal
 from .strictjson import keys, mapping, sizes, text
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2  # 1: with digests of a slab in one go
 _MANIFEST_LIMIT = 64 * 2**20  # bytes; a listed block takes about 200
 _IDENTITY = re.compile(r"[0-9a-f]{16,128}", re.ASCII)
 _OURS = re.compile(r".*-[0-9a-f]{12}\.safetensors", re.ASCII)

@@ -40,13 +40,14 @@ class Part:
         name: of the unit.
         layout: of its slab.
         names: of the tensors in the component, in the order of `layout.placements`.
-        data: the slab: uint8, contiguous, on the CPU, at least `layout.nbytes` long.
+        data: the slab: uint8, contiguous, on the CPU, at least `layout.nbytes` long; or the bytes of each of
+            `layout.regions`, wherever they lie there.
     """
 
     name: str
     layout: Layout
     names: tuple[str, ...]
-    data: torch.Tensor
+    data: torch.Tensor | Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,33 @@ def _pieces(part: Part) -> list[memoryview]:
     What lies between the tensors of a slab that was used before is anything: zeros are written in its place,
     so that the same weights give the same bytes.
     """
-    raw = as_bytes(part.data)
-    if len(raw) < part.layout.nbytes:
-        raise ValueError(f"the slab of {part.name!r} is shorter than its layout")
     cuts = header.ranges(part.layout)
-    return [memoryview(bytes(c.stop - c.start)) if c.gap else raw[c.start : c.stop] for c in cuts]
+    if isinstance(part.data, torch.Tensor):
+        raw = as_bytes(part.data)
+        if len(raw) < part.layout.nbytes:
+            raise ValueError(f"the slab of {part.name!r} is shorter than its layout")
+        found = [raw[cut.start : cut.stop] for cut in cuts]
+    else:
+        found = _among_regions(part, cuts)
+    return [
+        memoryview(bytes(cut.stop - cut.start)) if cut.gap else view
+        for cut, view in zip(cuts, found, strict=True)
+    ]
+
+
+def _among_regions(part: Part, cuts: Sequence[header.Range]) -> list[memoryview]:
+    """The bytes of each of `cuts`; a gap has any."""
+    pairs = sorted(zip(part.layout.regions, part.data, strict=True), key=lambda pair: pair[0].offset)
+    if any(data.numel() != region.nbytes for region, data in pairs):
+        raise ValueError(f"the regions of {part.name!r} are not as long as its layout says")
+    found, rest = [], iter(pairs)
+    for cut in cuts:
+        if cut.gap:
+            found.append(memoryview(b""))
+            continue
+        region, data = next(rest)  # both are in the order of the slab, and no region is cut in two
+        found.append(as_bytes(data)[cut.start - region.offset : cut.stop - region.offset])
+    return found
 
 
 # --- writing ----------------------------------------------------------------------------------------------

@@ -67,12 +67,20 @@ class Reader:
     def counters(self) -> ReaderCounters:
         return self._workers.counters()
 
-    def close(self) -> None:
-        """Fail what is queued, let pieces under way end, join the threads, close the files. May be repeated."""
+    def close(self, wait: bool = True) -> None:
+        """Fail what is queued, let pieces under way end, join the threads, close the files. May be repeated.
+
+        Args:
+            wait: for the pieces under way, which end some time anyway.
+        """
         self._stop()
-        late = self._workers.join()
+        late = self._workers.join(wait)
         if late:
             logger.warning("the disk reader closes without waiting any longer for %s", "; ".join(late))
+
+    def close_files(self) -> None:
+        """Open them anew when they are read next."""
+        self._workers.close_files()
 
     def __enter__(self) -> Reader:
         return self
@@ -128,11 +136,15 @@ class Read:
             f = self._failure  # a new error each time: tracebacks of all who waited would pile up in one
             raise DiskReadError(self.source, f.cause, f.remedy, f.errno) from f.__cause__
 
-    def cancel(self) -> None:
+    def cancel(self, wait: bool = True) -> None:
         """The unit is not needed; afterwards nobody writes to the destination. No effect once it arrived.
+
+        Args:
+            wait: until it is settled; otherwise it is, soon.
 
         Raises:
             TimeoutError: as for `wait`.
         """
         self._workers.fail(self, DiskReadError(self.source, "the read was cancelled", "request it again"))
-        self._workers.settle(self)
+        if wait:
+            self._workers.settle(self)

@@ -148,11 +148,14 @@ class Workers:
                 self.fail(read, DiskReadError(read.source, *_CLOSED))
             self._changed.notify_all()
 
-    def join(self) -> list[str]:
+    def close_files(self) -> None:
+        self._files.close()
+
+    def join(self, wait: bool = True) -> list[str]:
         """Wait for the threads to end; returns what those do that did not."""
         with self._changed:
             workers = list(self._workers)
-        deadline = monotonic() + self._timeout
+        deadline = monotonic() + (self._timeout if wait else 0.0)
         for worker in workers:
             worker.thread.join(max(0.0, deadline - monotonic()))
         self._files.close()

@@ -3,16 +3,19 @@
 import gc
 import json
 import logging
+import shutil
+import time
 
 import pytest
 import torch
-from disks import Gate, until
+from disks import Gate, preadv, until
 from odd_nets import STEPS
+from stores import read_only, tiny_disk  # noqa: F401
 from test_disk_faults import net_of, on_disk, outputs, same, same_weights, unit_of
 
 from diffusers_offload import slab
 from diffusers_offload.tiers import buffers, digests, lock
-from diffusers_offload.tiers.blockfile import Part
+from diffusers_offload.tiers.blockfile import Part, StoreError
 from diffusers_offload.tiers.cache import share_out
 from diffusers_offload.tiers.descriptors import System
 from diffusers_offload.tiers.mapped import DiskMemory
@@ -253,3 +256,46 @@ def test_a_disk_that_does_not_answer(stuck, end, tmp_path, caplog):
         # Whoever holds the memory now is the thread that may still write to it.
     stuck.let(10**6)
     until(lambda: all(read.settled for read in reads))
+
+
+def test_a_slow_disk_is_waited_for(tmp_path, monkeypatch):
+    def read(descriptor, into, offset):
+        time.sleep(0.01)
+        return preadv(descriptor, into, offset)
+
+    monkeypatch.setattr(
+        buffers, "Reader", lambda workers: Reader(workers, timeout=0.5, system=System(read=read))
+    )
+    net = net_of(12)
+    handle = on_disk(net, tmp_path, max_host_memory=3 * 8192)
+    assert same(outputs(net), outputs(net_of(12)))
+    assert handle.report().disk.read_seconds > 0.05
+    handle.disable()
+
+
+# --- folders that cannot be written -------------------------------------------------------------------------
+
+
+def test_a_folder_that_may_only_be_read(tmp_path, monkeypatch):
+    net, expected = net_of(4), outputs(net_of(4))
+    on_disk(net, tmp_path / "full").disable()
+    (tmp_path / "empty").mkdir()
+    read_only(monkeypatch)
+    handle = on_disk(net, tmp_path / "full")
+    assert same(outputs(net), expected)
+    handle.disable()
+    with pytest.raises(StoreError, match="Pass an offload_dir"):
+        on_disk(net, tmp_path / "empty")
+    assert same(outputs(net), expected)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["seen before", "while writing"])
+def test_a_full_file_system_leaves_everything_as_it_was(tiny_disk, told, monkeypatch):  # noqa: F811
+    net, twin = net_of(100), net_of(100)
+    if not told:
+        usage = shutil.disk_usage(tiny_disk)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**40))
+    with pytest.raises(StoreError, match="Free space there"):
+        on_disk(net, tiny_disk)
+    assert same_weights(net, twin) and same(outputs(net), outputs(twin))
+    assert not list(tiny_disk.rglob("*.safetensors"))

@@ -13,7 +13,6 @@ does when it meets a file for the first time; "page cache" is what it does where
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -26,9 +25,11 @@ import torch
 
 from diffusers_offload.slab import align
 from diffusers_offload.streams import open_streams
+from diffusers_offload.tiers import digests
 from diffusers_offload.tiers.blockfile import Stored
+from diffusers_offload.tiers.digests import PIECE
 from diffusers_offload.tiers.pinned import PinnedTier
-from diffusers_offload.tiers.reader import PIECE, Reader
+from diffusers_offload.tiers.reader import Reader
 
 GIB, MIB, PAGE = 2**30, 2**20, 4096
 BARE = ("bare O_DIRECT", "bare O_DIRECT, into the slots")
@@ -63,7 +64,7 @@ def write(folder: Path, nbytes: int, unit_nbytes: int) -> list[Stored]:
             file.write(bytes(PAGE))
             file.write(data)
             os.fsync(file.fileno())
-        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+        digest = digests.of_slab([memoryview(data)])
         units.append(Stored(path, PAGE, data.nbytes, digest))
     return units
 

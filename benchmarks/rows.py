@@ -8,16 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+import disk_rows
 import measure
 import torch
 from models import CASES, FAMILIES, build, forward_of
 from torch import nn
 
-Enable = Callable[[nn.Module, torch.device], Any]
+Enable = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Row:
         needs_streams: cannot run on the CPU.
         from_host: wants the weights on the host before `enable`.
         packages: imported ahead, so that neither its time nor its memory count to `enable`.
+        on_disk: `enable` is told a folder as well, where it puts the weights.
+        cold: the page cache is emptied of that folder before each timed forward.
         warm_ups, at_most: forwards before the timed ones, and the limit of those.
     """
 
@@ -38,6 +43,8 @@ class Row:
     needs_streams: bool = False
     from_host: bool = False
     packages: tuple[str, ...] = ()
+    on_disk: bool = False
+    cold: bool = False
     warm_ups: int = 2
     at_most: int = 100
 
@@ -76,6 +83,7 @@ def _ours(ratio: float, granularity: str = "block") -> Enable:
 
 _GROUPS = {"needs_streams": True, "packages": ("diffusers.hooks",)}
 _OURS = {"packages": ("diffusers_offload.pipeline",)}
+_DISK = {"from_host": True, "at_most": 3}  # what is on disk passed through the host on its way there
 ROWS = {
     "resident": Row(_resident, offloads=False),
     "diffusers-block": Row(_group_offload(offload_type="block_level", num_blocks_per_group=1), **_GROUPS),
@@ -85,25 +93,49 @@ ROWS = {
     "ours-half": Row(_ours(0.5), **_OURS),
     "ours-phase": Row(_ours(1.0, "phase"), **_OURS),
     "ours-leaf": Row(_ours(1.0, "leaf"), **_OURS),
+    "ours-disk": Row(disk_rows.ours(0.0), on_disk=True, **_DISK, **_OURS),
+    "ours-disk-half": Row(disk_rows.ours(0.5), on_disk=True, **_DISK, **_OURS),
+    "diffusers-disk-warm": Row(disk_rows.diffusers, on_disk=True, **_DISK, packages=("diffusers.hooks",)),
+    "diffusers-disk-cold": Row(
+        disk_rows.diffusers, on_disk=True, cold=True, **_DISK, packages=("diffusers.hooks",)
+    ),
 }
 
 
-def run_row(name: str, cases: Sequence[str], size: str, device: torch.device, start: str) -> None:
-    """Measure one row on cases of one family; prints all that is known as a line of JSON after each case."""
+def run_row(
+    name: str, cases: Sequence[str], size: str, device: torch.device, start: str, offload_dir: str | None
+) -> None:
+    """Measure one row on cases of one family; prints all that is known as a line of JSON after each case.
+
+    Args:
+        offload_dir: on the disk to be measured; what is written there is deleted.
+    """
+    if ROWS[name].on_disk:
+        with TemporaryDirectory(dir=offload_dir, prefix=f"{name}-") as folder:
+            _run_row(name, cases, size, device, start, Path(folder))
+    else:
+        _run_row(name, cases, size, device, start, None)
+
+
+def _run_row(
+    name: str, cases: Sequence[str], size: str, device: torch.device, start: str, folder: Path | None
+) -> None:
     row = ROWS[name]
     result: dict[str, Any] = {"row": name, "start": start, "cases": {}}
     try:
         measure.start_up(device)
         result["environment"] = _environment(device)
         result["h2d"] = [measure.h2d_rates(device)]
-        model, handle, result["setup"] = _set_up(row, CASES[size][cases[0]].family, size, device, start)
+        model, handle, result["setup"] = _set_up(
+            row, CASES[size][cases[0]].family, size, device, start, folder
+        )
     except Exception as error:
         result["error"] = _told(error)
         print(json.dumps(result), flush=True)
         return
     for number, case_name in enumerate(cases):
         try:
-            measured = _measure_case(row, model, handle, case_name, size, device, first=number == 0)
+            measured = _measure_case(row, model, handle, case_name, size, device, number == 0, folder)
             measure.settle(device)
             result["cases"][case_name] = measured | _host_memory(result["setup"])
         except Exception as error:
@@ -114,7 +146,7 @@ def run_row(name: str, cases: Sequence[str], size: str, device: torch.device, st
 
 
 def _set_up(
-    row: Row, family: str, size: str, device: torch.device, start: str
+    row: Row, family: str, size: str, device: torch.device, start: str, folder: Path | None
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Build the model on the device, move it to where the row starts from, and enable the row."""
     for package in (FAMILIES[family][0], *row.packages):
@@ -141,7 +173,7 @@ def _set_up(
         setup["to_host_s"] = perf_counter() - begin
         before = measure.reset_device_peaks(device)
         begin = perf_counter()
-        handle = row.enable(model, device)
+        handle = row.enable(model, device, folder) if row.on_disk else row.enable(model, device)
         measure.synchronize(device)
         setup["enable_s"] = perf_counter() - begin
     setup["enable_peak_rss"] = host_peak[0]
@@ -152,7 +184,14 @@ def _set_up(
 
 
 def _measure_case(
-    row: Row, model: nn.Module, handle: Any, name: str, size: str, device: torch.device, first: bool
+    row: Row,
+    model: nn.Module,
+    handle: Any,
+    name: str,
+    size: str,
+    device: torch.device,
+    first: bool,
+    folder: Path | None,
 ) -> dict[str, Any]:
     case = CASES[size][name]
     output = None
@@ -170,7 +209,18 @@ def _measure_case(
         measure.reset_device_peaks(device)
         if handle is not None:
             handle.reset()
-        times, wall = measure.step_times(step, min(case.forwards, row.at_most), device)
+        count, rates, disk = min(case.forwards, row.at_most), [], None
+        if row.on_disk:
+            rates = [disk_rows.bare_rate(folder)]
+            disk = handle.report().disk if handle is not None else None
+            if not row.cold and handle is None:
+                step()  # the page cache is warm again
+        if row.cold:
+            times = disk_rows.cold_times(step, count, device, folder)
+            wall = sum(times) / count
+        else:
+            times, wall = measure.step_times(step, count, device)
+        now = handle.report().disk if handle is not None and row.on_disk else None
         allocated, reserved = measure.device_peaks(device)
         hashes.append(measure.digest(output))
         result = {
@@ -182,6 +232,9 @@ def _measure_case(
             "peak_reserved": reserved,
             "hashes": hashes,
         }
+        if row.on_disk:
+            rates.append(disk_rows.bare_rate(folder))
+            result["disk"] = disk_rows.told(folder, disk, now, times, rates)
         if handle is not None:
             result["ours"] = _of_ours(handle, forward, allocated, device)
     return result

@@ -111,6 +111,19 @@ def _notes(row: dict[str, Any], measured: dict[str, Any]) -> list[str]:
             + f"host {hooks} per pair of hooks; device GiB: {parts}; "
             + f"host GiB: {_gib(ours['host_bytes'])} ({_gib(ours['pinned_bytes'])} pinned)"
         )
+    disk = measured.get("disk")
+    if disk is not None:
+        bare = median(disk["bare_rates"]) / 1e9
+        rate = disk.get("read_rate")
+        share = disk["step_to_bare"]
+        notes.append(
+            f"- {row['row']}: {disk['bytes_per_step'] / 1e9:.2f} GB of {disk['files_bytes'] / 1e9:.2f} read a step, "
+            + f"{disk['step_rate'] / 1e9:.2f} GB/s over the step"
+            + (f", {rate / 1e9:.2f} while reading ({rate / 1e9 / bare:.3f} of bare)" if rate else "")
+            + f"; bare O_DIRECT {bare:.2f}; step / (bytes / bare) "
+            + (f"{share:.3f}" if share else NONE)
+            + (f"; {disk['hits']} hits, {disk['misses']} misses" if "hits" in disk else "")
+        )
     weights = row["setup"]["weights_bytes"]
     grown = measured["rss"] - row["setup"]["baseline_rss"]
     if measured["available_drop"] - grown > 0.1 * weights > 64 * 2**20:

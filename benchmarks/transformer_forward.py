@@ -30,7 +30,7 @@ def main() -> None:
     arguments = _parse()
     device = torch.device(arguments.device)
     if arguments.row:
-        run_row(arguments.row, arguments.case, arguments.size, device, arguments.start)
+        run_row(arguments.row, arguments.case, arguments.size, device, arguments.start, arguments.offload_dir)
         return
     out = Path(arguments.out)
     out = out.with_suffix("") if out.suffix in (".json", ".md") else out
@@ -78,6 +78,10 @@ def _parse() -> argparse.Namespace:
         choices=("device", "host"),
         help="where the weights lie before offloading is enabled; host: as after from_pretrained (slower)",
     )
+    parser.add_argument(
+        "--offload-dir",
+        help="folder on the disk that the rows with weights on disk measure; else a temporary one",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one row's process")
     parser.add_argument(
@@ -103,6 +107,8 @@ def _in_its_own_process(row: str, cases: Sequence[str], arguments: argparse.Name
     command = [sys.executable, __file__, "--row", row, "--case", ",".join(cases)]
     for option in ("size", "start", "device"):
         command += [f"--{option}", getattr(arguments, option)]
+    if arguments.offload_dir is not None:
+        command += ["--offload-dir", arguments.offload_dir]
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     environment = {"DIFFUSERS_VERBOSITY": "error"} | os.environ | {"PYTHONPATH": path}
     try:

@@ -120,10 +120,11 @@ class Converted:
         given = {name for name, value in arguments.items() if value is None or isinstance(value, nn.Module)}
         with tempfile.TemporaryDirectory(prefix="diffusers_offload-") as folder, Promises() as promises:
             stand_in = Path(folder) / self.root.name
-            self._make_stand_in(stand_in)
+            holes = self._make_stand_in(stand_in)
             pipe = load(
                 stand_in,
                 promises,
+                holes,
                 torch_dtype=_from_words(self.note["torch_dtype"]),
                 variant=self.note["variant"],
                 **arguments,
@@ -137,8 +138,12 @@ class Converted:
             _rename(pipe, str(stand_in), str(self.root))
         return pipe
 
-    def _make_stand_in(self, folder: Path) -> None:
-        """What the libraries load from: links to what was copied, and the checkpoint's headers."""
+    def _make_stand_in(self, folder: Path) -> dict[Path, int]:
+        """What the libraries load from: links to what was copied, and the checkpoint's headers.
+
+        Returns:
+            Where these end, in bytes: behind them is nothing.
+        """
         headers = {Path(name): entry for name, entry in self.note["headers"].items()}
         folder.mkdir()
         real = {folder / parent for name in headers for parent in name.parents}
@@ -152,6 +157,7 @@ class Converted:
             with (folder / name).open("xb") as stream:
                 stream.write(len(raw).to_bytes(8, "little") + raw)
                 stream.truncate(nbytes)
+        return {folder / name: 8 + len(entry[1].encode()) for name, entry in headers.items()}
 
 
 def open_converted(

@@ -18,8 +18,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .holes import Holes
+
 _AT_LEAST = 2**16  # bytes: what is smaller is cast at once
-_CAST = torch.ops.aten._to_copy.default
+_CAST, _ITEM = torch.ops.aten._to_copy.default, torch.ops.aten._local_scalar_dense.default
 _SAME_PLACE = (None, torch.device("cpu"))
 
 
@@ -110,37 +112,34 @@ class DeferredCasts(TorchDispatchMode):
     """Within, casts of what a file holds are promised, and kept where something computes with them.
 
     Only this thread's casts are deferred.
+
+    Args:
+        holes: what is asked for, or cast, in these is zero, without a look at the file.
     """
 
-    def __init__(self, promises: Promises) -> None:
+    def __init__(self, promises: Promises, holes: Holes) -> None:
         super().__init__()
         self._kept = promises
+        self._holes = holes
         self._files: dict[tuple[int, int], torch.Tensor] = {}  # held: or other memory may get the addresses
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is _CAST and self._can_wait(args[0], kwargs):
-            return self._kept._promise(args[0], kwargs["dtype"])
+        if func is _CAST and _only_casts(args[0], kwargs):
+            if self._can_wait(args[0], kwargs["dtype"]):
+                return self._kept._promise(args[0], kwargs["dtype"])
+            if self._holes.has(args[0].data_ptr()):
+                return torch.zeros(args[0].shape, dtype=kwargs["dtype"])
+        if func is _ITEM and args[0].dtype is torch.uint8 and self._holes.has(args[0].data_ptr()):
+            return 0
         if self._kept._promises and not _only_looks(func):
             for tensor in _tensors_in(args, kwargs):
                 self._kept._keep(_address(tensor))
         return func(*args, **kwargs)
 
-    def _can_wait(self, source: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        dtype = kwargs.get("dtype")
-        return (
-            dtype is not None
-            and dtype != source.dtype
-            and kwargs.get("device") in _SAME_PLACE
-            and kwargs.get("layout") in (None, torch.strided)
-            and kwargs.get("memory_format") in (None, torch.preserve_format, torch.contiguous_format)
-            and not kwargs.get("pin_memory")
-            and source.device.type == "cpu"
-            and type(source) in (torch.Tensor, torch.nn.Parameter)
-            and source.is_contiguous()
-            and source.numel() * dtype.itemsize >= _AT_LEAST
-            and (self._kept.has(source) or self._is_of_a_file(source))
-        )
+    def _can_wait(self, source: torch.Tensor, dtype: torch.dtype) -> bool:
+        large = source.numel() * dtype.itemsize >= _AT_LEAST
+        return large and (self._kept.has(source) or self._is_of_a_file(source))
 
     def _is_of_a_file(self, tensor: torch.Tensor) -> bool:
         if lies_in(tensor, list(self._files)):
@@ -149,6 +148,22 @@ class DeferredCasts(TorchDispatchMode):
         spans = [span for span in mapped_files() if span[0] <= address < span[1]]
         self._files.update((span, tensor.detach()) for span in spans)
         return bool(spans)
+
+
+def _only_casts(source: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether the result has the same values in the same order, and another dtype."""
+    dtype = kwargs.get("dtype")
+    return (
+        dtype is not None
+        and dtype != source.dtype
+        and kwargs.get("device") in _SAME_PLACE
+        and kwargs.get("layout") in (None, torch.strided)
+        and kwargs.get("memory_format") in (None, torch.preserve_format, torch.contiguous_format)
+        and not kwargs.get("pin_memory")
+        and source.device.type == "cpu"
+        and type(source) in (torch.Tensor, torch.nn.Parameter)
+        and source.is_contiguous()
+    )
 
 
 def _only_looks(func: Any) -> bool:

@@ -15,8 +15,9 @@ from .policy import STREAMING, Request
 from .report import size_text
 from .streams import Streams
 from .target import Target, make_plan
+from .tiers.buffers import room_for
 from .tiers.cache import share_out
-from .tiers.disk import room_for
+from .tiers.pinned import staging_bytes
 from .units import tensors_of
 
 _ACTIVATIONS_SHARE = 0.2  # of the device, left to what computing needs where everything is to stay ...
@@ -120,7 +121,8 @@ def _fit_host(
         plan = make_plan(targets, device)
     if plan.host_bytes <= limit:
         through = [unit.nbytes for c in plan.components if c.on_disk for unit in c.streamed]
-        share_out(limit - plan.host_bytes, list(map(room_for, through)))
+        room = limit - plan.host_bytes
+        share_out(room, list(map(room_for, through)), staging=staging_bytes(room, device.type != "cpu"))
         return request, targets
     free = [c for c in plan.components if c.policy == request.default and c.policy.streams and not c.on_disk]
     streamed = sum(unit.host_bytes for component in free for unit in component.streamed)

@@ -24,7 +24,7 @@ from .policy import Request
 from .report import GIB, PackedReport, Prediction, Report
 from .streams import open_streams
 from .target import Target, build_component, make_plan, owners_in
-from .tiers.disk import DiskMemory
+from .tiers.mapped import DiskMemory
 from .tiers.packed import PackedMemory
 
 _PROGRESS_FROM = GIB  # bytes from which on moving takes long enough to show a progress bar

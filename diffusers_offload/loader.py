@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from . import sources
 from .conversion import open_converted
 from .deferred import DeferredCasts, Promises
+from .holes import Holes
 from .lightx2v import OffloadConfig
 from .pipeline import BlockOffloadMixin
 from .policy import Request, parse_request, parse_storage
@@ -171,8 +172,13 @@ def saved_modules(folder: Path, given: set[str]) -> dict[str, Path]:
     return found
 
 
-def load(folder: Path, promises: Promises, **arguments: Any) -> Any:
-    """The pipeline as Diffusers loads it, except that its weights are promised or looked at in their files."""
+def load(folder: Path, promises: Promises, holes: Mapping[Path, int] | None = None, **arguments: Any) -> Any:
+    """The pipeline as Diffusers loads it, except that its weights are promised or looked at in their files.
+
+    Args:
+        holes: files of it that hold nothing from some byte on.
+        **arguments: for `from_pretrained` of its class.
+    """
     from diffusers import DiffusionPipeline
     from diffusers.utils import deprecation_utils
 
@@ -180,7 +186,7 @@ def load(folder: Path, promises: Promises, **arguments: Any) -> Any:
     if hasattr(deprecation_utils, "_resolve_dtype"):  # from 0.42 on, with a warning for the old word
         arguments["dtype"] = arguments.pop("torch_dtype")
     arguments = {"use_safetensors": True, "low_cpu_mem_usage": True, **arguments}
-    with _in_this_thread(), DeferredCasts(promises):
+    with _in_this_thread(), DeferredCasts(promises, Holes(holes or {})):
         return cls.from_pretrained(folder, **arguments)
 
 

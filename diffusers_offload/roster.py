@@ -12,7 +12,7 @@ from .component import Component, State, Unit
 from .homes import Homes
 from .stems import Stems
 from .streams import Streams
-from .tiers.disk import DiskMemory
+from .tiers.mapped import DiskMemory
 from .tiers.packed import PackedMemory
 from .transfers import Transfers, renewed
 

@@ -152,10 +152,14 @@ def _view(place: Placement, buffer: torch.Tensor) -> torch.Tensor:
 
 def gather(layout: Layout, tensors: Sequence[torch.Tensor], buffer: torch.Tensor) -> None:
     """Copy the regions that `tensors` lie in into `buffer`, which may be on another device."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-    for region in layout.regions:
-        source = _bytes(storages[region.span.storage], region.span)
+    for region, source in zip(layout.regions, sources(layout, tensors), strict=True):
         buffer[region.offset : region.offset + region.nbytes].copy_(source)
+
+
+def sources(layout: Layout, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The bytes of each region of `layout` (uint8), where `tensors` have them: nothing is copied."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return [_bytes(storages[region.span.storage], region.span) for region in layout.regions]
 
 
 def separate(tensors: Sequence[torch.Tensor], devices: Sequence[torch.device]) -> list[torch.Tensor]:

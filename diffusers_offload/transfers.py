@@ -16,7 +16,8 @@ from .report import Counters
 from .slab import ALIGNMENT
 from .stopwatch import Stopwatch
 from .streams import Streams
-from .tiers.disk import DiskMemory, DiskTier
+from .tiers.disk import DiskTier
+from .tiers.mapped import DiskMemory
 from .tiers.packed import PackedMemory, PackedTier
 from .tiers.pinned import HostMemory, PinnedTier
 from .weights import Weights

@@ -1,7 +1,6 @@
 """Units on disk, host memory to read them into, and disks that are slow or wrong."""
 
 import gc
-import hashlib
 import mmap
 import os
 import threading
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from diffusers_offload.slab import align
-from diffusers_offload.tiers import reader as module
+from diffusers_offload.tiers import digests
 from diffusers_offload.tiers import workers as workers_module
 from diffusers_offload.tiers.blockfile import Stored
 from diffusers_offload.tiers.descriptors import System
@@ -23,7 +22,7 @@ PIECE = 64 * 1024  # small, so that units of some hundred KiB have several
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(module, "PIECE", PIECE)
+    monkeypatch.setattr(digests, "PIECE", PIECE)
     monkeypatch.setattr(workers_module, "_PAUSES", (0.001, 0.002, 0.003))
 
 
@@ -68,7 +67,7 @@ def store(folder, nbytes, name="a", offset=PAGE):
     data = os.urandom(nbytes)
     path = Path(folder) / f"{name}.unit"
     path.write_bytes(bytes(offset) + data)
-    return Stored(path, offset, nbytes, hashlib.blake2b(data, digest_size=16).hexdigest()), data
+    return Stored(path, offset, nbytes, digests.of_slab([memoryview(data)])), data
 
 
 def fetch(reader, stored, **kwargs):

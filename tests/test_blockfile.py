@@ -265,7 +265,7 @@ def _set(mapping, key, value):
 
 
 EDITS = {
-    "version of the future": lambda e, n: _set(n, "version", 2),
+    "version of the future": lambda e, n: _set(n, "version", 3),
     "no version": lambda e, n: _set(n, "version", None),
     "parts no list": lambda e, n: _set(n, "parts", {}),
     "a part too few": lambda e, n: n["parts"].pop(),

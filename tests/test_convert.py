@@ -14,11 +14,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from helpers import build, run
+from safetensors.torch import load_file, save_file
 from test_from_pretrained import assert_the_same, quiet, saved
 
 import diffusers_offload
 from diffusers_offload import cli
 from diffusers_offload.conversion import NOTE
+from diffusers_offload.deferred import DeferredCasts, Promises
+from diffusers_offload.holes import Holes
 from diffusers_offload.tiers.blockfile import StoreError
 from diffusers_offload.tiers.reader import DiskReadError
 from diffusers_offload.tiers.sealed import seal, unseal
@@ -239,3 +242,16 @@ def test_killed_at_random_moments(source, tmp_path):
     diffusers_offload.convert(source, place)
     assert_the_same(opened(place), right)
     assert not (place / "unfinished").exists()
+
+
+def test_what_lies_in_a_hole_is_not_read(tmp_path):
+    """Here it holds something, so that a look at it shows."""
+    files = [tmp_path / f"{name}.safetensors" for name in ("hole", "other")]
+    for file in files:
+        save_file({"small": torch.ones(10), "large": torch.ones(2**16)}, file)
+    begin = 8 + int.from_bytes(files[0].read_bytes()[:8], "little")
+    with Promises() as promises, DeferredCasts(promises, Holes({files[0]: begin})):
+        hole, other = (load_file(file) for file in files)
+        assert not hole["small"].bfloat16().any() and other["small"].bfloat16().all()
+        promised = hole["large"].bfloat16()
+    assert promised.all()  # what is promised comes from the file

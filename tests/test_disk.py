@@ -8,9 +8,9 @@ from helpers import build, run, weights_of
 
 import diffusers_offload
 from diffusers_offload import OffloadPolicy
-from diffusers_offload.tiers import disk
+from diffusers_offload.tiers import files
 from diffusers_offload.tiers.blockfile import StoreError
-from diffusers_offload.tiers.disk import DiskMemory
+from diffusers_offload.tiers.mapped import DiskMemory
 from diffusers_offload.tiers.reader import DiskReadError
 
 GRANULARITIES = ("block", "phase", "leaf")
@@ -93,7 +93,7 @@ def test_two_models_in_one_folder_do_not_mix(tmp_path, device):
 def test_edits_reach_the_disk(edit, tells, tmp_path, device, monkeypatch):
     """Whether or not the system tells which pages of a mapping were written to."""
     if not tells:
-        monkeypatch.setattr(disk, "private_bytes", dict)
+        monkeypatch.setattr(files, "private_bytes", dict)
 
     def change(pipe):
         weight = pipe.transformer.transformer_blocks[1].attn.to_q.weight

@@ -11,7 +11,8 @@ from odd_nets import STEPS, Counts, Net, Plain
 
 import diffusers_offload
 from diffusers_offload.streams import InlineEvent
-from diffusers_offload.tiers.disk import DiskMemory, DiskTier, room_for
+from diffusers_offload.tiers.buffers import Buffers, room_for
+from diffusers_offload.tiers.mapped import DiskMemory
 from diffusers_offload.tiers.reader import DiskReadError
 from diffusers_offload.tiers.traces import private_bytes
 
@@ -86,10 +87,10 @@ def test_host_memory_is_never_exceeded(policy, granularity, tmp_path, monkeypatc
         handle = on_disk(
             net, tmp_path, max_host_memory=limit, cache_policy=policy, offload_granularity=granularity
         )
-        tier, most = handle._engine.disk, []
+        tier, most = handle._engine.disk._buffers, []
 
         def room(host, tier=tier, most=most):
-            buffer = DiskTier._room(tier, host)
+            buffer = Buffers._room(tier, host)
             held = [buffer.memory] if buffer is not None else []
             held += [each.memory for each in tier._lying.values()] + tier._slots + tier._spare
             most.append(sum(memory.bytes.untyped_storage().nbytes() for memory in held))
@@ -112,7 +113,7 @@ def test_what_is_on_its_way_to_the_device_is_not_overwritten(policy, tmp_path, m
     handle = on_disk(net, tmp_path, max_host_memory=5 * ROOM, cache_policy=policy)
     outputs(net)
     handle.call_ended()
-    tier, hosts = handle._engine.disk, [unit.weights.host for unit in handle._engine.units]
+    tier, hosts = handle._engine.disk._buffers, [unit.weights.host for unit in handle._engine.units]
     for buffer in tier._lying.values():
         buffer.read.wait()
         buffer.used, buffer.copied = True, InlineEvent()
@@ -138,7 +139,7 @@ def test_slots_are_free_again_for_units_that_did_not_come(tmp_path):
         outputs(first)
         for _ in range(2):
             outputs(second)
-        tier = handle._engine.disk
+        tier = handle._engine.disk._buffers
         lying = [unit for unit in handle._engine.units if unit.weights.host.key in tier._lying]
         assert len(lying) == 3 and all(unit.name.startswith("second") for unit in lying)
 
@@ -279,13 +280,13 @@ def test_what_failed_when_it_was_read_ahead_is_read_again(tmp_path):
     net = net_of()
     handle = on_disk(net, tmp_path, max_host_memory=4 * ROOM)
     expected = outputs(net)
-    tier, hosts = handle._engine.disk, [unit.weights.host for unit in handle._engine.units]
+    tier, hosts = handle._engine.disk._buffers, [unit.weights.host for unit in handle._engine.units]
     handle.call_ended()  # nothing is on the device
     paths = [host.stored.path for host in hosts]
     for path in paths:
         path.rename(path.with_suffix(".away"))
     for host in hosts:
-        tier._forget(host)
+        tier.forget(host)
     tier.expect(hosts)
     ahead = list(tier._lying.values())
     assert ahead
@@ -305,11 +306,11 @@ def test_no_buffer_is_lost_on_errors(policy, tmp_path):
     net = net_of()
     handle = on_disk(net, tmp_path, max_host_memory=6 * ROOM, cache_policy=policy)
     expected = outputs(net)
-    tier = handle._engine.disk
+    tier = handle._engine.disk._buffers
     for number in (0, 3, 7, 11) * 2:
         path = unit_of(handle, number).weights.host.stored.path
         path.rename(path.with_suffix(".away"))
-        tier._forget(unit_of(handle, number).weights.host)
+        tier.forget(unit_of(handle, number).weights.host)
         with pytest.raises(DiskReadError, match=path.name):
             outputs(net)
         path.with_suffix(".away").rename(path)

@@ -2,13 +2,11 @@
 
 import errno
 import fcntl
-import hashlib
 import os
 import threading
 import time
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,11 +27,12 @@ from disks import (  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusers_offload.tiers import digests
 from diffusers_offload.tiers import workers as workers_module
 from diffusers_offload.tiers.blockfile import Stored
 from diffusers_offload.tiers.descriptors import Descriptors, System
-from diffusers_offload.tiers.pieces import Destination, cut, reach
-from diffusers_offload.tiers.reader import Reader
+from diffusers_offload.tiers.pieces import Destination, reach
+from diffusers_offload.tiers.reader import DiskReadError, Reader
 
 DIRECT = getattr(os, "O_DIRECT", 0)
 
@@ -86,7 +85,7 @@ def test_many_units_of_many_files(tmp_path, workers):
 def test_a_unit_in_the_middle_of_a_file(tmp_path):
     stored, data = store(tmp_path, 3 * PIECE)
     part = data[PIECE : PIECE + 5000]
-    middle = Stored(stored.path, PAGE + PIECE, 5000, hashlib.blake2b(part, digest_size=16).hexdigest())
+    middle = Stored(stored.path, PAGE + PIECE, 5000, digests.of_slab([memoryview(part)]))
     with Reader(2) as reader:
         assert fetch(reader, middle) == part
 
@@ -109,9 +108,9 @@ def test_threads_may_ask_at_once(tmp_path):
     assert not wrong
 
 
-@given(st.integers(0, 10 * PAGE), st.integers(1, 5).map(lambda n: n * PAGE))
-def test_pieces_follow_each_other_without_gap(nbytes, piece):
-    pieces = cut(nbytes, piece)
+@given(st.integers(0, 10 * PIECE))
+def test_pieces_follow_each_other_without_gap(nbytes):
+    pieces = digests.cut(nbytes)
     assert pieces[0][0] == 0 and pieces[-1][1] == nbytes
     assert all(a[1] == b[0] for a, b in pairwise(pieces))
     assert all(start % PAGE == 0 for start, _ in pieces)
@@ -157,6 +156,43 @@ def test_memory_that_cannot_be_filled_is_refused(tmp_path, target):
 def test_impossible_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match=r"num_disk_workers|timeout"):
         Reader(**arguments)
+
+
+@given(st.lists(st.integers(0, 3 * PIECE), max_size=6))
+def test_a_slabs_digest_does_not_depend_on_where_its_bytes_lie(lengths):
+    data = os.urandom(sum(lengths))
+    ends = list(accumulate(lengths, initial=0))
+    views = [memoryview(data)[start:stop] for start, stop in pairwise(ends)]
+    pieces = [digests.of_piece(memoryview(data)[start:stop]) for start, stop in digests.cut(len(data))]
+    assert digests.of_slab(views) == digests.of_slab([memoryview(data)])
+    assert digests.of_slab(views) == digests.of_pieces(pieces, len(data))
+
+
+def test_a_worker_that_only_counted_does_not_vouch_for_the_unit(tmp_path, monkeypatch):
+    """Of two that end at once, one compares the digest: until it has, the unit has not arrived."""
+    stored, _ = store(tmp_path, 2 * PIECE)
+    data = stored.path.read_bytes()
+    stored.path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    counted, ended = threading.Barrier(2), threading.Event()
+    count, finish = workers_module.Workers._is_last, workers_module.Workers._finish
+
+    def is_last(self, task, digest):
+        last = count(self, task, digest)
+        counted.wait(10)
+        if last:
+            assert ended.wait(10)
+        return last
+
+    def finishing(self, worker, failure):
+        last = worker.task.last
+        finish(self, worker, failure)
+        if not last:
+            ended.set()
+
+    monkeypatch.setattr(workers_module.Workers, "_is_last", is_last)
+    monkeypatch.setattr(workers_module.Workers, "_finish", finishing)
+    with Reader(2) as reader, pytest.raises(DiskReadError, match="digest"):
+        fetch(reader, stored)
 
 
 # --- past the page cache, where that is possible --------------------------------------------------------
@@ -328,14 +364,15 @@ def test_no_more_workers_read_at_once_than_were_asked_for(tmp_path):
 
 
 def test_the_disk_does_not_stand_still_while_digests_are_compared(tmp_path, monkeypatch):
-    hashing = threading.Event()
+    hashing, true = threading.Event(), digests.of_piece
 
-    def blake2b(**kwargs):
+    def of_piece(*views):
         assert hashing.wait(20)
-        return hashlib.blake2b(**kwargs)
+        return true(*views)
 
-    monkeypatch.setattr(workers_module, "hashlib", SimpleNamespace(blake2b=blake2b))
     units = [store(tmp_path, 2 * PIECE, name) for name in "ab"]
+    monkeypatch.setattr(digests, "of_piece", of_piece)
+    monkeypatch.setattr(digests, "cores", lambda: 3)
     targets = [memory(2 * PIECE) for _ in units]
     with Reader(1) as reader:
         reads = [reader.request(stored, target) for (stored, _), target in zip(units, targets, strict=True)]

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import gc
 import os
+import random
 import threading
 import time
 import weakref
@@ -23,7 +24,7 @@ from disks import (  # noqa: F401
     until,
 )
 
-from diffusers_offload.tiers import reader as module
+from diffusers_offload.tiers import digests
 from diffusers_offload.tiers import workers as workers_module
 from diffusers_offload.tiers.blockfile import Stored
 from diffusers_offload.tiers.descriptors import System
@@ -98,6 +99,23 @@ def test_a_corrupted_byte_is_caught_on_the_first_read(tmp_path, place):
             assert "digest" in str(error) and "delete the file" in str(error)
         flip(stored, place)
         assert fetch(reader, stored) == data
+
+
+def test_a_thousand_random_bytes_are_caught(tmp_path):
+    """Changed on the way, so that the file stays the same; each reader sees it for the first time."""
+    stored, data = store(tmp_path, 3 * PIECE + 100)
+    choose = random.Random(0)
+    for _ in range(1000):
+        place, bit = choose.randrange(len(data)), 1 << choose.randrange(8)
+
+        def read(descriptor, into, offset, place=place + stored.offset, bit=bit):
+            count = preadv(descriptor, into, offset)
+            if offset <= place < offset + count:
+                into[place - offset] ^= bit
+            return count
+
+        with Reader(2, system=System(read=read)) as reader:
+            assert "digest" in str(error_of(reader, stored))
 
 
 def flip(stored, place):
@@ -235,7 +253,7 @@ def test_a_worker_killed_without_a_word_is_noticed(tmp_path, monkeypatch):
         read = reader.request(stored, target, 0)
         until(lambda: not all(worker.thread.is_alive() for worker in reader._workers._workers))
         monkeypatch.undo()
-        monkeypatch.setattr(module, "PIECE", PIECE)
+        monkeypatch.setattr(digests, "PIECE", PIECE)
         read.wait()
         assert target[: stored.nbytes].numpy().tobytes() == data
 

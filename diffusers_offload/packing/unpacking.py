@@ -63,12 +63,12 @@ def prepare(device: torch.device, pieces: tuple[Piece, ...]) -> None:
         has_kernel(device, name)
 
 
-@cache
 def unpacks_fast(device: torch.device) -> bool:
     """Whether unpacking may be left to a kernel there, so that it costs next to nothing."""
     return device.type in _KERNEL_DEVICES and importlib.util.find_spec("triton") is not None
 
 
+@cache
 def has_kernel(device: torch.device, name: str) -> bool:
     """Whether the kernel unpacks the format called `name` on `device`: found out by a trial, once for the process."""
     return device.type in _KERNEL_DEVICES and _passes(device, name)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ..slab import Layout
-from . import header
+from . import digests, header
 from .header import PAGE
 
 TEMPORARY = ".tmp"  # what the name of an unfinished file ends in
@@ -40,13 +40,14 @@ class Part:
         name: of the unit.
         layout: of its slab.
         names: of the tensors in the component, in the order of `layout.placements`.
-        data: the slab: uint8, contiguous, on the CPU, at least `layout.nbytes` long.
+        data: the slab: uint8, contiguous, on the CPU, at least `layout.nbytes` long; or the bytes of each of
+            `layout.regions`, wherever they lie there.
     """
 
     name: str
     layout: Layout
     names: tuple[str, ...]
-    data: torch.Tensor
+    data: torch.Tensor | Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class BlockFile:
 def digest(*pieces: bytes | memoryview) -> str:
     """BLAKE2b (RFC 7693) with 16 bytes, as 32 hexadecimal digits, of `pieces` one behind the other.
 
-    hashlib releases the GIL while it works: threads that do this for several blocks run side by side.
+    For what is small: slabs have `digests` of their own kind.
     """
     state = hashlib.blake2b(digest_size=16)
     for piece in pieces:
@@ -101,7 +102,7 @@ def digest(*pieces: bytes | memoryview) -> str:
 
 def digest_of(part: Part) -> str:
     """The digest of a part's slab as it would be written, with zeros where no tensor lies."""
-    return digest(*_pieces(part))
+    return digests.of_slab(_pieces(part))
 
 
 def as_bytes(data: torch.Tensor) -> memoryview:
@@ -117,11 +118,33 @@ def _pieces(part: Part) -> list[memoryview]:
     What lies between the tensors of a slab that was used before is anything: zeros are written in its place,
     so that the same weights give the same bytes.
     """
-    raw = as_bytes(part.data)
-    if len(raw) < part.layout.nbytes:
-        raise ValueError(f"the slab of {part.name!r} is shorter than its layout")
     cuts = header.ranges(part.layout)
-    return [memoryview(bytes(c.stop - c.start)) if c.gap else raw[c.start : c.stop] for c in cuts]
+    if isinstance(part.data, torch.Tensor):
+        raw = as_bytes(part.data)
+        if len(raw) < part.layout.nbytes:
+            raise ValueError(f"the slab of {part.name!r} is shorter than its layout")
+        found = [raw[cut.start : cut.stop] for cut in cuts]
+    else:
+        found = _among_regions(part, cuts)
+    return [
+        memoryview(bytes(cut.stop - cut.start)) if cut.gap else view
+        for cut, view in zip(cuts, found, strict=True)
+    ]
+
+
+def _among_regions(part: Part, cuts: Sequence[header.Range]) -> list[memoryview]:
+    """The bytes of each of `cuts`; a gap has any."""
+    pairs = sorted(zip(part.layout.regions, part.data, strict=True), key=lambda pair: pair[0].offset)
+    if any(data.numel() != region.nbytes for region, data in pairs):
+        raise ValueError(f"the regions of {part.name!r} are not as long as its layout says")
+    found, rest = [], iter(pairs)
+    for cut in cuts:
+        if cut.gap:
+            found.append(memoryview(b""))
+            continue
+        region, data = next(rest)  # both are in the order of the slab, and no region is cut in two
+        found.append(as_bytes(data)[cut.start - region.offset : cut.stop - region.offset])
+    return found
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -312,7 +335,7 @@ def check(stored: Stored, buffer: torch.Tensor) -> None:
     Raises:
         StoreError: it is something else.
     """
-    if digest(as_bytes(buffer)[: stored.nbytes]) != stored.digest:
+    if digests.of_slab([as_bytes(buffer)[: stored.nbytes]]) != stored.digest:
         stop = stored.offset + stored.nbytes
         what = f"its bytes {stored.offset} to {stop} are not those that were written"
         raise StoreError(unusable(stored.path, what))

@@ -198,7 +198,7 @@ class Shares:
         return self.capacity + self.slots * self.slot_bytes
 
 
-def share_out(limit: int, sizes: Sequence[int], slots: int = 3) -> Shares:
+def share_out(limit: int, sizes: Sequence[int], slots: int = 3, staging: int = 0) -> Shares:
     """Divide `limit` bytes of host memory among what is kept and the slots that the other units pass through.
 
     Args:
@@ -206,21 +206,24 @@ def share_out(limit: int, sizes: Sequence[int], slots: int = 3) -> Shares:
         sizes: host bytes of each unit, as allocated: rounded up to pages.
         slots: how many there should be: one is read into while others wait for or are copied to the device.
             There are fewer where memory is short, and none where everything is kept.
+        staging: bytes of `limit` that are for something else.
 
     Raises:
         ValueError: not even one unit fits.
     """
     total, largest = sum(sizes), max(sizes, default=0)
-    if total <= limit:
+    room = limit - staging
+    if total <= room:
         return Shares(total, 0, 0)
-    slots = min(slots, limit // largest)
+    slots = min(slots, room // largest)
     if slots < 1:
+        least = largest * 8 // 7 + 1 if staging else largest  # it takes an eighth at most
         raise ValueError(
-            f"max_host_memory={limit} is {size_text(largest - limit)} less than the largest unit has, which must pass "
-            f"through host memory as a whole: give at least {size_text(largest)}, better three times that, or let "
+            f"max_host_memory={limit} is {size_text(largest - room)} less than the largest unit needs, which must "
+            f"pass through host memory as a whole: give at least {size_text(least)}, better three times that, or let "
             "units be smaller (offload_granularity='phase' or 'leaf')"
         )
-    return Shares(limit - slots * largest, slots, largest)
+    return Shares(room - slots * largest, slots, largest)
 
 
 def choose_static(sizes: Sequence[int], capacity: int) -> set[int]:

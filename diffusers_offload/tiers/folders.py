@@ -39,12 +39,23 @@ def delete(path: Path) -> None:
         pass  # it is listed nowhere: it costs space, and the next process tries again
 
 
+def delete_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        pass  # there is none, or something is in it
+
+
 def make(root: Path, folder: Path) -> None:
     """Make `folder` in `root`, unless it is there; raise StoreError unless only its owners can change it."""
     try:
         root.mkdir(0o755, parents=True, exist_ok=True)
         _refuse_if_open(root, root.stat())  # it may be a link: it is the user's own choice
-        folder.mkdir(0o755, exist_ok=True)
+        try:
+            folder.mkdir(0o755, exist_ok=True)
+        except FileNotFoundError:  # `root` was empty, and another process has just deleted it
+            root.mkdir(0o755, parents=True, exist_ok=True)
+            folder.mkdir(0o755, exist_ok=True)
         status = folder.lstat()
     except OSError as error:
         if isinstance(error, StoreError):

@@ -28,7 +28,7 @@ from .strictjson import keys, mapping, parse, sequence, sizes
 
 PAGE = 4096  # O_DIRECT wants offsets, lengths and addresses in multiples of the device's sector: 512 or 4096
 HEADER_LIMIT = 100_000_000  # safetensors' own
-VERSION = 1
+VERSION = 2  # 1: digests of a slab in one go
 
 _KEY = "diffusers_offload"
 _GAP = "__gap__."

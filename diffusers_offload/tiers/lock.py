@@ -1,13 +1,15 @@
 """A lock on a folder: one process that writes, or any number that read.
 
 flock(2) on a file in the folder. The system lets go of it when the process ends, however it ends, so a crash
-leaves nothing to clean up; the file itself stays, since removing it would let two processes lock two files.
+leaves nothing to clean up. The file stays as long as its folder does, since removing it would let two processes lock
+two files; who takes a lock looks afterwards whether the file is still there (`is_current`).
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -65,6 +67,17 @@ class FolderLock:
             time.sleep(_PAUSE)
         if self.alone:
             self._sign()
+
+    def is_current(self) -> bool:
+        """Whether the folder that was locked is the one that is there: the last to hold it may have deleted it."""
+        if self._handle is None:
+            return True
+        try:
+            there = os.stat(self._path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        mine = os.fstat(self._handle)
+        return (mine.st_ino, mine.st_dev) == (there.st_ino, there.st_dev)
 
     def share(self) -> None:
         """From writing to reading: others may read as well."""
@@ -149,3 +162,19 @@ class FolderLock:
     def _holder(self) -> str:
         text = os.pread(self._handle, _SIGNATURE, 0).decode(errors="replace").strip()
         return text if text.startswith("process ") and text.isprintable() else "another process"
+
+
+def delete_unused(folder: Path) -> None:
+    """Delete a folder that has a lock, unless a process uses it or it cannot be deleted."""
+    try:
+        lock = FolderLock(folder)
+    except StoreError:
+        return
+    try:
+        lock.take()
+        if lock.alone:
+            shutil.rmtree(folder, ignore_errors=True)
+    except StoreError:
+        pass
+    finally:
+        lock.release()

@@ -15,7 +15,7 @@ from .. import slab
 from . import blockfile
 from .blockfile import BlockFile, Stored, StoreError
 from .pinned import HostMemory
-from .store import Store
+from .store import EDITED, Store
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,11 @@ class DiskMemory(HostMemory):
     @property
     def key(self) -> tuple[Path, int]:
         return self.stored.path, self.stored.offset
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether the file holds what became of weights while they were offloaded."""
+        return self.stored.path.name.startswith(EDITED)
 
 
 def map_part(stored: Stored) -> DiskMemory:

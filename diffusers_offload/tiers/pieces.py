@@ -77,11 +77,6 @@ def open_destination(tensor: torch.Tensor, nbytes: int) -> Destination:
     return Destination(memoryview(tensor.detach().numpy()).cast("B"), tensor.data_ptr())
 
 
-def cut(nbytes: int, piece: int) -> list[tuple[int, int]]:
-    """The pieces of a unit as (start, stop) in bytes; an empty unit has one, which is empty."""
-    return [(start, min(start + piece, nbytes)) for start in range(0, nbytes, piece)] or [(0, 0)]
-
-
 def reach(source: Stored, destination: Destination, at: int, stop: int) -> tuple[int, bool]:
     """How far one read from byte `at` of the unit may go on its way to `stop`, and whether `O_DIRECT` fits it."""
     if (destination.address + at) % PAGE or (source.offset + at) % PAGE:

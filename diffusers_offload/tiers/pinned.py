@@ -25,6 +25,7 @@ from ..slab import align
 from ..streams import Streams
 
 STAGING_BYTES = 16 * 2**20  # one piece on its way while the next is filled: 55 GB/s need >= 16 MiB a copy
+STAGING_SHARE = 8  # of a bound on host memory, one part at most is for staging
 _PREPARED_AHEAD = 2  # units whose memory is made ready while another moves in
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
 
@@ -63,6 +64,22 @@ class PinnedTier:
         self._pins = streams.asynchronous
         self._giving_up = Lock()
         self._staging: list[tuple[torch.Tensor, object]] = []
+        self._piece: int | None = None  # bytes of each of the two staging buffers; None: `STAGING_BYTES`
+
+    def bound_staging(self, limit: int) -> int:
+        """Let staging be small where little host memory may be taken; returns the bytes that it takes of `limit`."""
+        total = staging_bytes(limit, self._streams.asynchronous)
+        if total // 2 != self._piece:
+            self._piece, self._staging = (
+                total // 2,
+                [],
+            )  # the old buffers: torch frees them behind their copies
+        return total
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of the staging buffers."""
+        return sum(buffer.numel() for buffer, _ in self._staging)
 
     def allocate(self, nbytes: int) -> HostMemory:
         """Host memory of `nbytes`, pinned if the device allows it."""
@@ -141,22 +158,34 @@ class PinnedTier:
         )
 
     def _load_staged(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        size = self._piece or STAGING_BYTES
         if not self._staging:
             try:
-                buffers = [torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+                buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
             except RuntimeError:  # not even this much: the driver's own staging, which blocks the host
                 destination.copy_(source)
                 return
             self._staging = [(buffer, self._streams.event()) for buffer in buffers]
         stream = self._streams.current()
-        for turn, start in enumerate(range(0, source.numel(), STAGING_BYTES)):
+        for turn, start in enumerate(range(0, source.numel(), size)):
             buffer, copied = self._staging[turn % 2]
             self._streams.wait_for(copied, "the copy out of a staging buffer")  # which is filled anew
-            piece = source[start : start + STAGING_BYTES]
+            piece = source[start : start + size]
             staged = buffer[: piece.numel()]
             staged.copy_(piece)
             destination[start : start + piece.numel()].copy_(staged, non_blocking=True)
             copied.record(stream)
+
+
+def staging_bytes(limit: int, asynchronous: bool) -> int:
+    """What pageable memory is copied through on its way to the device, of `limit` bytes of host memory.
+
+    Two buffers of a power of two, as torch's pinned allocator makes them anyway.
+    """
+    if not asynchronous:
+        return 0
+    most = max(mmap.PAGESIZE, min(STAGING_BYTES, limit // STAGING_SHARE // 2))
+    return 2 * 2 ** (most.bit_length() - 1)
 
 
 def map_memory(nbytes: int) -> tuple[_Mapping, torch.Tensor]:

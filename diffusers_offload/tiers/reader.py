@@ -15,12 +15,11 @@ import torch
 from ..log import logger
 from .blockfile import Stored
 from .descriptors import Descriptors, Identity, System
-from .pieces import DiskReadError, cut, open_destination
+from .digests import cut
+from .pieces import DiskReadError, open_destination
 from .workers import ReaderCounters, Workers
 
 __all__ = ["DiskReadError", "Read", "Reader", "ReaderCounters"]
-
-PIECE = 8 * 2**20  # bytes: keeps an NVMe drive busy, and lets an urgent unit wait for milliseconds only
 
 
 class Reader:
@@ -30,7 +29,7 @@ class Reader:
     fail. To be called from any thread.
 
     Args:
-        workers: threads that read at the same time; as many again stand in for those that compare a digest.
+        workers: threads that read at the same time; others hash meanwhile what has come, on all cores if need be.
         timeout: seconds without a byte after which `Read.wait` gives up; also how long `close` waits.
         direct: read past the page cache where the file system allows it.
         system: calls of the operating system, for tests.
@@ -68,12 +67,20 @@ class Reader:
     def counters(self) -> ReaderCounters:
         return self._workers.counters()
 
-    def close(self) -> None:
-        """Fail what is queued, let pieces under way end, join the threads, close the files. May be repeated."""
+    def close(self, wait: bool = True) -> None:
+        """Fail what is queued, let pieces under way end, join the threads, close the files. May be repeated.
+
+        Args:
+            wait: for the pieces under way, which end some time anyway.
+        """
         self._stop()
-        late = self._workers.join()
+        late = self._workers.join(wait)
         if late:
             logger.warning("the disk reader closes without waiting any longer for %s", "; ".join(late))
+
+    def close_files(self) -> None:
+        """Open them anew when they are read next."""
+        self._workers.close_files()
 
     def __enter__(self) -> Reader:
         return self
@@ -91,8 +98,9 @@ class Read:
         self._workers = workers
         self._destination = open_destination(destination, source.nbytes)
         self._number = 0  # of the request
-        self._pending = deque(cut(source.nbytes, PIECE))  # pieces that no worker has taken
-        self._left = len(self._pending)  # pieces that have not arrived
+        self._pending = deque(cut(source.nbytes))  # pieces that no worker has taken
+        self._left = len(self._pending)  # pieces that have not arrived, or are being hashed
+        self._digests: dict[int, bytes] = {}  # of pieces, by where they start
         self._held = 0  # workers that may touch the destination
         self._failure: DiskReadError | None = None
         self._arrived = False
@@ -128,11 +136,15 @@ class Read:
             f = self._failure  # a new error each time: tracebacks of all who waited would pile up in one
             raise DiskReadError(self.source, f.cause, f.remedy, f.errno) from f.__cause__
 
-    def cancel(self) -> None:
+    def cancel(self, wait: bool = True) -> None:
         """The unit is not needed; afterwards nobody writes to the destination. No effect once it arrived.
+
+        Args:
+            wait: until it is settled; otherwise it is, soon.
 
         Raises:
             TimeoutError: as for `wait`.
         """
         self._workers.fail(self, DiskReadError(self.source, "the read was cancelled", "request it again"))
-        self._workers.settle(self)
+        if wait:
+            self._workers.settle(self)

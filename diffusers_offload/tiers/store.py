@@ -6,6 +6,8 @@
         <block>-<hash>.safetensors  one file per block (`blockfile`)
         edited-<process>-...        a part with other weights than the model's; gone with the process
 
+A folder may be deleted by who holds its lock alone; who has waited for that lock meanwhile finds that out.
+
 A file counts once the manifest lists it with its length and fingerprint, and the manifest never lists bytes that
 may not be there: a file that changes is struck off first, then replaced, then listed again, each step forced to
 the disk. So at every moment a power cut or a SIGKILL leaves a folder whose listed files are right. Weights that
@@ -23,6 +25,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -39,11 +42,12 @@ from .sealed import seal, unseal
 from .strictjson import keys, mapping, sizes, text
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+EDITED = "edited-"
+FORMAT = 2  # 1: with digests of a slab in one go
 _MANIFEST_LIMIT = 64 * 2**20  # bytes; a listed block takes about 200
 _IDENTITY = re.compile(r"[0-9a-f]{16,128}", re.ASCII)
 _OURS = re.compile(r".*-[0-9a-f]{12}\.safetensors", re.ASCII)
-_LEFT_OVER = re.compile(r"\.[0-9a-f]{16}\.tmp|edited-[0-9a-f]{16}-.*\.safetensors", re.ASCII)
+_LEFT_OVER = re.compile(r"\.[0-9a-f]{16}\.tmp|" + EDITED + r"[0-9a-f]{16}-.*\.safetensors", re.ASCII)
 
 
 def identity_of(files: Iterable[tuple[str, str]]) -> str:
@@ -121,14 +125,18 @@ class Store:
         self._edits: set[Path] = set()
         self._token = secrets.token_hex(8)
         self._busy = threading.RLock()
-        folders.make(root, self.folder)
-        self._lock = FolderLock(self.folder)
-        try:
-            self._lock.take(wait)
-            self._open(rebuild)
-        except BaseException:
-            self._lock.release()
-            raise
+        while True:
+            folders.make(root, self.folder)
+            self._lock = FolderLock(self.folder)
+            try:
+                self._lock.take(wait)
+                if self._lock.is_current():
+                    self._open(rebuild)
+                    return
+            except BaseException:
+                self._lock.release()
+                raise
+            self._lock.release()  # somebody has deleted the folder meanwhile: make it anew
 
     def __enter__(self) -> Store:
         return self
@@ -143,6 +151,26 @@ class Store:
                 folders.delete(path)
             self._edits = set()
             self._lock.release()
+
+    def discard(self) -> bool:
+        """Close, and delete the folder unless others use it; returns whether it is gone."""
+        with self._busy:
+            try:
+                self._lock.make_alone()
+            except StoreError:
+                self.close()
+                return False
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._edits = set()
+            self._lock.release()
+            return True
+
+    def drop_edits(self, used: Collection[Path]) -> None:
+        """Delete the files that `edit` wrote, but for those in `used`."""
+        with self._busy:
+            for path in [path for path in self._edits if path not in used]:
+                folders.delete(path)
+                self._edits.discard(path)
 
     def blocks(self) -> list[str]:
         """The blocks that are here."""
@@ -213,7 +241,7 @@ class Store:
         Raises:
             StoreError: nothing can be written, or no space is left; the part is as it was before.
         """
-        path = self.folder / f"edited-{self._token}-{file_name(part.name)}"
+        path = self.folder / f"{EDITED}{self._token}-{file_name(part.name)}"
         file = blockfile.plan(path, [part])
         edited = file.parts[0]
         for model in self.get(block).parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from dataclasses import dataclass
 from threading import Condition, Thread
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..log import logger
 from ..report import size_text
+from . import digests
 from .blockfile import Stored
 from .descriptors import Descriptors, Identity, System
 from .pieces import REBUILD, DiskReadError, fill, told
@@ -18,9 +18,10 @@ from .pieces import REBUILD, DiskReadError, fill, told
 if TYPE_CHECKING:
     from .reader import Read
 
-_HASHED = 16 * 2**20  # bytes hashed at once: between two of these a read can be cancelled
 _PAUSES = (0.02, 0.1, 0.5)  # seconds before each further attempt after an error
-_THREADS = 2  # for each that may read at a time: a disk should not stand still while digests are compared
+_HASHING = (
+    4  # threads for each that may read at a time, but no more than there are cores: no disk stands still
+)
 _DEATHS = 3  # workers that may die on one read before it is given up
 _POLL = 0.5  # seconds between two looks at whether the workers live
 _CLOSED = ("the reader was closed", "enable offloading again")
@@ -52,12 +53,14 @@ class _Task:
     read: Read
     start: int
     stop: int
-    arrived: bool = False  # its bytes have; what is left is to compare the digest
-    reads: bool = True  # as opposed to comparing the digest, or being over
+    reads: bool = True  # as opposed to hashing what it has read, or being over
+    counted: bool = False  # `read` waits for it no longer
+    last: bool = False  # it was the last one: what is left is to compare the digest
 
     def __str__(self) -> str:
-        what = "comparing the digest of" if self.arrived else f"reading bytes {self.start} to {self.stop} of"
-        return f"{what} {_name(self.read)}"
+        what = "comparing the digest of" if self.last else "reading" if self.reads else "hashing"
+        where = "" if self.last else f" bytes {self.start} to {self.stop} of"
+        return f"{what}{where} {_name(self.read)}"
 
 
 @dataclass(eq=False)
@@ -84,6 +87,7 @@ class Workers:
 
     def __init__(self, count: int, timeout: float, system: System, files: Descriptors) -> None:
         self._count = count
+        self._most = count + min(digests.cores(), count * _HASHING)  # threads
         self._timeout = timeout
         self._system = system
         self._files = files
@@ -144,11 +148,14 @@ class Workers:
                 self.fail(read, DiskReadError(read.source, *_CLOSED))
             self._changed.notify_all()
 
-    def join(self) -> list[str]:
+    def close_files(self) -> None:
+        self._files.close()
+
+    def join(self, wait: bool = True) -> list[str]:
         """Wait for the threads to end; returns what those do that did not."""
         with self._changed:
             workers = list(self._workers)
-        deadline = monotonic() + self._timeout
+        deadline = monotonic() + (self._timeout if wait else 0.0)
         for worker in workers:
             worker.thread.join(max(0.0, deadline - monotonic()))
         self._files.close()
@@ -206,7 +213,11 @@ class Workers:
         try:
             files = (self._system, self._files)
             seen = fill(*files, read.source, read._destination, task.start, task.stop, moved, again)
-            if self._is_last(worker, seen):
+            self._hand_on(worker, seen)
+            digest = None
+            if read._failure is None and seen != {self._verified.get(read.source)}:
+                digest = digests.of_piece(read._destination.bytes[task.start : task.stop])
+            if self._is_last(task, digest):
                 self._verify(read)
         except OSError as error:
             failure = told(read.source, error, attempts).with_traceback(
@@ -228,18 +239,25 @@ class Workers:
             self._counted["bytes_read"] += count
             read._moved_at = self._moved_at = monotonic()
 
-    def _is_last(self, worker: _Worker, seen: set[Identity]) -> bool:
-        """The piece has arrived; whether the unit has."""
+    def _hand_on(self, worker: _Worker, seen: set[Identity]) -> None:
+        """The piece has arrived: while this worker hashes it, another may read."""
         with self._changed:
-            task = worker.task
-            task.arrived, worker.since = True, monotonic()
-            self._rest(task)
-            task.read._seen |= seen
-            task.read._left -= 1
-            last = task.read._left == 0 and task.read._failure is None
-            if last and self._queue:
-                self._changed.notify_all()  # while this one compares the digest, another reads
-            return last
+            worker.since = monotonic()
+            self._rest(worker.task)
+            worker.task.read._seen |= seen
+            if self._queue:
+                self._changed.notify_all()
+
+    def _is_last(self, task: _Task, digest: bytes | None) -> bool:
+        """The piece is done with, and has this digest if it was hashed; whether the unit is."""
+        with self._changed:
+            read = task.read
+            if digest is not None:
+                read._digests[task.start] = digest
+            read._left -= 1
+            task.counted = True
+            task.last = read._left == 0 and read._failure is None
+            return task.last
 
     def _verify(self, read: Read) -> None:
         """Compare the unit's digest, unless this very file has been found right before."""
@@ -248,13 +266,14 @@ class Workers:
         read._seen.add(now)
         if read._seen == {now} and self._verified.get(source) == now:
             return
-        digest = hashlib.blake2b(digest_size=16)
-        for start in range(0, source.nbytes, _HASHED):
-            digest.update(read._destination.bytes[start : min(start + _HASHED, source.nbytes)])
-            self._note(read, 0)
-            if read._failure is not None:
-                return
-        if digest.hexdigest() != source.digest:
+        pieces = digests.cut(source.nbytes)
+        for start, stop in pieces:
+            if start not in read._digests:  # the file was replaced behind this piece
+                read._digests[start] = digests.of_piece(read._destination.bytes[start:stop])
+                self._note(read, 0)
+                if read._failure is not None:
+                    return
+        if digests.of_pieces([read._digests[start] for start, _ in pieces], source.nbytes) != source.digest:
             raise DiskReadError(source, "its bytes are not those that were stored (digest differs)", REBUILD)
         with self._changed:
             self._counted["verified"] += 1
@@ -270,7 +289,7 @@ class Workers:
             if failure is not None:
                 self._counted["failures"] += read._failure is None
                 self.fail(read, failure)
-            elif read._left == 0 and read._failure is None:
+            elif task.last and read._failure is None:  # nobody else knows whether the digest was right
                 read._arrived = True
                 self._counted["reads"] += 1
             if read.settled:
@@ -293,7 +312,7 @@ class Workers:
         """See to it that all workers live."""
         for worker in [each for each in self._workers if not each.thread.is_alive()]:
             self._bury(worker, None)
-        while len(self._workers) < self._count * _THREADS and not self._stopping:
+        while len(self._workers) < self._most and not self._stopping:
             self._hired += 1
             worker = _Worker(f"disk worker {self._hired}")
             worker.thread = Thread(target=self.serve, args=(worker,), name=worker.name, daemon=True)
@@ -321,7 +340,7 @@ class Workers:
                 read = task.read
                 self._rest(task)
                 read._held -= 1
-                read._left += task.arrived
+                read._left += task.counted
                 read._deaths += 1
                 if read._failure is None and (read._deaths >= _DEATHS or self._stopping):
                     died = f"{read._deaths} disk worker(s) died on it, the last of {cause}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from .budget import Choice, DeviceBudget, Reading
 from .component import Component, Unit
 from .homes import Homes
+from .loads import Loads
 from .recovery import is_out_of_memory
 from .roster import Roster
 from .streams import Streams
@@ -22,8 +23,7 @@ class Keeping:
     Args:
         budget: decides; None where nobody has set a bound.
         disk: where weights are kept on disk, if any may be.
-        drop: frees a unit's bytes.
-        prefetch: queues what can be loaded next.
+        loads: frees a unit's bytes, and queues what can be loaded next.
     """
 
     def __init__(
@@ -33,8 +33,7 @@ class Keeping:
         roster: Roster,
         homes: Homes,
         disk: DiskTier | None,
-        drop: Callable[[Unit], None],
-        prefetch: Callable[[], None],
+        loads: Loads,
     ) -> None:
         self.budget = budget
         self._streams = streams
@@ -42,8 +41,7 @@ class Keeping:
         self._homes = homes
         self._disk = disk
         self._read = (0, 0.0)  # bytes and seconds when the forward under way began
-        self._drop = drop
-        self._prefetch = prefetch
+        self._loads = loads
 
     def begin(self, component: Component, shapes: tuple) -> Any:
         """An outermost forward of `component` begins; returns the stopwatch that is to time it, if one is.
@@ -96,7 +94,7 @@ class Keeping:
         self._mark(component, kept)
         if component.homed:
             self._homes.assign(component, component.order)
-        self._prefetch()
+        self._loads.prefetch()
 
     def keep_nothing(self) -> bool:
         """No streamed unit stays any longer; returns whether that changed anything."""
@@ -146,7 +144,7 @@ class Keeping:
         for unit in component.streamed:
             unit.keeps = unit in kept
             if unit.borrows and not unit.keeps:
-                self._drop(unit)
+                self._loads.drop(unit)
 
     def _contend(self, component: Component) -> None:
         """Components that alternate within a step and both keep units would only drop each other's."""

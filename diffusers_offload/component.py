@@ -114,6 +114,7 @@ class Component:
         self.ran: set[Unit] = set()  # units whose own forward has run, while that is watched
         self.met: set[Unit] = set()  # units that have run in a forward that was watched and found nothing
         self.late: set[Unit] = set()  # in use past their forwards: released when another one is used
+        self.pairs: Any = None  # the guidance passes that run for one load (`Pairs`), once it has been called
 
     @property
     def units(self) -> list[Unit]:

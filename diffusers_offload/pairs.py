@@ -253,7 +253,7 @@ class Pairs:
 
     def _keep(self, meeting: Meeting, output: Any, outcomes: list[Outcome]) -> None:
         """Keep the followers' results for their calls."""
-        circumstances = circumstances(self._engine.device.type)
+        now = circumstances(self._engine.device.type)
         try:
             seen = list(tensors_in(output))
             for expected, outcome in zip(meeting.followers, outcomes, strict=True):
@@ -265,9 +265,7 @@ class Pairs:
                     self.refuse(meeting, "its results share memory")
                     break
                 seen += made
-                self._pending.append(
-                    _Pending(expected, outcome.result, circumstances, meeting.key, meeting.rehearsal)
-                )
+                self._pending.append(_Pending(expected, outcome.result, now, meeting.key, meeting.rehearsal))
         except Unpairable as error:
             self.refuse(meeting, str(error))
         if meeting.key in self._refused:

@@ -184,31 +184,34 @@ class History:
     def followers(self, call: Call) -> list[Expected]:
         """The calls that are going to follow `call`, which is about to be made, as far as they can be foreseen.
 
-        Its counterpart one step earlier is a call with some of the very same tensors, between which and `call`
-        others were made that had other ones there, but shared with the counterpart what has changed since.
+        Its counterpart one step earlier is the call that has the most of the very same tensors. Those made between
+        the two had other ones there, but shared with the counterpart what has changed since.
         """
-        for at in range(len(self._calls) - 2, -1, -1):
-            before = self._calls[at]
-            if before.spec != call.spec:
-                continue
-            found = []
-            for between in self._calls[at + 1 :]:
-                expected = _expect(call, before, between)
-                if expected is None:
-                    break
-                found.append(expected)
-            if found:
-                return found
-        return []
+        at, most = None, 0
+        for number in range(len(self._calls) - 1, -1, -1):  # the latest of those that have the most of them
+            before = self._calls[number]
+            if before.spec == call.spec and len(_kept(call, before)) > most:
+                at, most = number, len(_kept(call, before))
+        found = []
+        for between in self._calls[at + 1 :] if at is not None else ():
+            expected = _expect(call, self._calls[at], between)
+            if expected is None:
+                break
+            found.append(expected)
+        return found
 
 
 def _intact(leaves: Mapping[Path, Leaf]) -> bool:
     return all(leaf.tensor() is None or leaf.intact() for leaf in leaves.values())
 
 
+def _kept(call: Call, before: Call) -> set[Path]:
+    return {path for path, leaf in call.leaves.items() if leaf.is_(before.leaves[path])}
+
+
 def _expect(lead: Call, before: Call, between: Call) -> Expected | None:
     """The call that is to `lead` what `between` was to `before`; None if that cannot be said."""
-    kept = {path for path, leaf in lead.leaves.items() if leaf.is_(before.leaves[path])}
+    kept = _kept(lead, before)
     if between.spec == before.spec and all(between.leaves[p].is_(before.leaves[p]) for p in kept):
         return None  # nothing tells it from the lead
     leaves, shared, compared = {}, set(), []

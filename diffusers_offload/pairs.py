@@ -185,6 +185,8 @@ class Pairs:
             return why
         if -self._balance > _PATIENCE:
             return "calls that were foreseen did not come"
+        if not self._in_place():
+            return "weights were replaced in the course of a call"
         for spec in meeting.key:
             if spec not in self._looks:
                 return ""
@@ -346,8 +348,9 @@ class Pairs:
         if self._snapshot is None or not self._snapshot.matches():
             self._snapshot = Snapshot(self._component.module)
             self._unsuitable = None
-            for known in (self._looks, self._proven, self._refused):
-                known.clear()
+            self._looks = {spec: why for spec, why in self._looks.items() if why}
+            self._proven.clear()
+            self._refused.clear()
 
     def _in_place(self) -> bool:
         """Whether the weights lie where they were put: `weight.data = ...` leaves no other trace."""

@@ -106,6 +106,7 @@ class Pairs:
         self._looks: dict[
             tuple, str
         ] = {}  # what calls did besides computing, when they ran on their own: "" nothing
+        self._wanted: set[tuple] = set()  # of the calls that would go together
         self._proven: set[tuple] = set()  # of calls that go together: rehearsed
         self._refused: dict[tuple, str] = {}  # of those that do not, and why
         self._balance = 0  # results used, less those thrown away, in this call of the pipeline
@@ -128,18 +129,22 @@ class Pairs:
         except Unpairable as error:
             return self._not_paired(str(error))
         meeting = Meeting(self, call)
-        if self._pending and not self._claim(meeting):
+        disappointed = bool(self._pending) and not self._claim(meeting)
+        if disappointed:
             self._discard()
         followers = self._history.followers(call) if not self._pending and meeting.result is None else []
         self._history.add(call)
         if meeting.result is not None:
             return meeting
-        meeting.looked_at = bool(followers or self._pending or meeting.expected or self._seen <= _LOOKED_AT)
+        unknown = call.spec in self._wanted and self._looks.get(call.spec) != ""
+        new = disappointed or unknown or self._seen <= _LOOKED_AT
+        meeting.looked_at = new or bool(followers or self._pending or meeting.expected)
         if meeting.looked_at:
             self._renew_snapshot()
         if followers and meeting.expected is None:
             meeting.followers = followers
             meeting.rehearsal = meeting.key not in self._proven
+            self._wanted = {*meeting.key}
             why = self._why_not(meeting)
             self.reason = why or ""
             if why is not None:

@@ -17,6 +17,8 @@ def why_unsuitable(root: nn.Module) -> str | None:
 
     Hooks of others may keep something from call to call, or change something for the time of a forward.
     """
+    if root.training:  # layers of adapters often are, and do no harm
+        return "it is in training mode"
     for name, part in root.named_modules():
         why = _why_not(part, part is root)
         if why is not None:
@@ -33,8 +35,6 @@ def why_none_is_suitable() -> str | None:
 
 
 def _why_not(part: nn.Module, is_root: bool) -> str | None:
-    if part.training:
-        return "is in training mode"
     if part._forward_hooks or part._forward_pre_hooks:
         return "has torch hooks"
     registry = part.__dict__.get("_diffusers_hook")
@@ -48,12 +48,21 @@ def _why_not(part: nn.Module, is_root: bool) -> str | None:
             return "is offloaded by itself"
     if part._compiled_call_impl is not None or isinstance(part, torch.jit.ScriptModule):
         return "is compiled"
-    forward = part.__dict__.get("forward")
-    if (
-        forward is not None
-        and getattr(getattr(forward, "func", None), "__module__", "") != "accelerate.hooks"
-    ):
+    if not _runs_its_own_forward(part):
         return "has a forward that was put in place of its own"
     if any(buffer is not None and buffer.is_inference() for buffer in part._buffers.values()):
         return "has buffers made in inference mode, whose changes nobody counts"
     return None
+
+
+def _runs_its_own_forward(part: nn.Module) -> bool:
+    """Whether nothing but our hooks lies between a call and the forward of the module's class."""
+    forward = part.__dict__.get("forward")
+    if forward is None:
+        return True
+    if getattr(getattr(forward, "func", None), "__module__", "") != "accelerate.hooks":
+        return False
+    forward = part.__dict__.get("_old_forward")
+    while hasattr(forward, "unguarded"):
+        forward = forward.unguarded
+    return getattr(forward, "__func__", None) is type(part).forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -89,7 +90,7 @@ class Loop:
     @property
     def per_step(self) -> list[int]:
         """Bytes loaded in each step but the first."""
-        return [after - before for before, after in zip(self.bytes, self.bytes[1:])]  # noqa: B905
+        return [after - before for before, after in pairwise(self.bytes)]
 
 
 def offload(net, **arguments):

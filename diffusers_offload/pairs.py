@@ -41,6 +41,7 @@ class Meeting:
         result: what it returns, in a tuple, having been computed before.
         expected: what it has to return, in a tuple: its part in a rehearsal.
         looked_at: its forward, run on its own, is going to be looked at closely.
+        lost: what it is computed from is not as it was, so that it cannot be run again.
     """
 
     pairs: Pairs
@@ -50,6 +51,7 @@ class Meeting:
     result: tuple | None = None
     expected: _Pending | None = None
     looked_at: bool = False
+    lost: bool = False
     _taken: bool = False
 
     @property
@@ -105,7 +107,7 @@ class Pairs:
         self._unsuitable: str | None = None  # why the module is, "" if it is not; None: nobody has looked
         self._looks: dict[
             tuple, str
-        ] = {}  # what calls did besides computing, when they ran on their own: "" nothing
+        ] = {}  # what calls did besides computing, run on their own: "" for nothing
         self._wanted: set[tuple] = set()  # of the calls that would go together
         self._proven: set[tuple] = set()  # of calls that go together: rehearsed
         self._refused: dict[tuple, str] = {}  # of those that do not, and why
@@ -247,6 +249,7 @@ class Pairs:
             engine.passes = None
         if not all(each.intact() for each in inputs):
             self.refuse(meeting, "its forward writes to its arguments")
+            meeting.lost = True
             return None
         if engine.random_changed():
             self.refuse(meeting, "its forward draws random numbers")
@@ -254,6 +257,7 @@ class Pairs:
         changed = self._snapshot.change()
         if changed is not None:
             self.refuse(meeting, f"its forward changes {changed}")
+            meeting.lost = not self._snapshot.restore()
             return None
         self._keep(meeting, output, outcomes)
         return (output,)
@@ -285,6 +289,7 @@ class Pairs:
         if meeting.key not in self._refused:
             logger.info("%s: two passes are not run for one load: %s", self._component.name, why)
         self._refused[meeting.key] = self.reason = why
+        self._balance -= 1
         self._proven.discard(meeting.key)
         self._pending.clear()
 

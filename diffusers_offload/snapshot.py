@@ -36,8 +36,8 @@ class Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._spaces: list[tuple[dict, tuple]] = []  # attributes, and what they were
-        self._filled: list[tuple[Any, tuple]] = []  # containers, and what was in them
+        self._spaces: list[tuple[dict, dict]] = []  # attributes, and what they were
+        self._filled: list[tuple[Any, tuple, Any]] = []  # containers, what was in them, and a copy
         self._empty: list[Any] = []  # containers
         self._tensors: list[torch.Tensor] = []
         seen: set[int] = set()
@@ -51,22 +51,36 @@ class Snapshot:
 
     def change(self) -> str | None:
         """What has changed, in a word or two; None if nothing has."""
-        for space, values in self._spaces:
-            if len(space) != len(values) or not all(map(is_, space.values(), values)):
-                named = _changed(space, values)
+        for space, before in self._spaces:
+            if len(space) != len(before) or not all(map(is_, space.values(), before.values())):
+                named = _changed(space, before)
                 if named is not None:
                     return named
         if any(self._empty):
             return "what was empty"
-        for container, items in self._filled:
+        for container, items, _ in self._filled:
             if not _alike(tuple(_items(container)), items):
                 return f"what is in a {type(container).__name__}"
         if [tensor._version for tensor in self._tensors] != self._versions:
             return "weights or buffers"
         return None
 
+    def restore(self) -> bool:
+        """Make it all as it was; returns whether that was possible: nobody can undo what was written to a tensor."""
+        for space, before in self._spaces:
+            if _changed(space, before) is not None:
+                space.clear()
+                space.update(before)
+        for container, items, copy in self._filled:
+            if not _alike(tuple(_items(container)), items):
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(copy)
+        for container in self._empty:
+            container.clear()
+        return self.matches()
+
     def _add_space(self, space: dict, seen: set[int], plain: bool) -> None:
-        self._spaces.append((space, tuple(space.values())))
+        self._spaces.append((space, dict(space)))
         for value in space.values():
             self._add_value(value, seen, plain)
 
@@ -91,7 +105,14 @@ class Snapshot:
         if not container:
             self._empty.append(container)
             return
-        self._filled.append((container, tuple(_items(container))))
+        copy = (
+            list(container)
+            if isinstance(container, list)
+            else dict(container)
+            if isinstance(container, dict)
+            else set(container)
+        )
+        self._filled.append((container, tuple(_items(container)), copy))
         if len(container) <= _LARGE:
             for item in container.values() if isinstance(container, dict) else container:
                 if isinstance(item, torch.Tensor):
@@ -115,12 +136,10 @@ def _items(container: Any) -> Iterator[Any]:
         yield from container
 
 
-def _changed(space: dict, values: tuple) -> str | None:
+def _changed(space: dict, before: dict) -> str | None:
     """The attribute that is another one now; a number that is computed anew is no other one."""
-    if len(space) != len(values):
-        return "its attributes"
-    for (name, now), before in zip(space.items(), values, strict=True):
-        if not _same(now, before):
+    for name in (*space, *before):
+        if name not in space or name not in before or not _same(space[name], before[name]):
             return f"its attribute {name}"
     return None
 

@@ -25,7 +25,7 @@ def run_together(
         What the forward returns.
 
     Raises:
-        RuntimeError: the forwards have written to their arguments, so that nothing can be run again.
+        RuntimeError: the forwards have written to their arguments, or to weights, so that nothing can be run again.
     """
     engine, pairs, restarts = hook.engine, meeting.pairs, False
     args, kwargs = inputs.again()
@@ -42,10 +42,10 @@ def run_together(
         restarts = True
     if together is not None and not meeting.rehearsal:
         return together[0]
-    if not inputs.intact():
+    if meeting.lost or not inputs.intact():
         raise RuntimeError(
-            f"{hook.component.name} writes to its arguments, but did not do so in its first forwards, so its passes "
-            "ran together and the arguments are lost. Call enable_block_offload(pair_passes=False)"
+            f"{hook.component.name}: {pairs.reason}, which it did not do in its first forwards. Two of its passes ran "
+            "together, and cannot be run again. Call enable_block_offload(pair_passes=False)"
         )
     engine.leave(hook.component, completed=not restarts)
     if restarts:

@@ -417,6 +417,59 @@ def test_forwards_that_do_more_than_compute(kind, loop, why):
     assert why in str(report)
 
 
+class Turning(Net):
+    """Begins to do more than compute in the midst of a run."""
+
+    def forward(self, x, time, prompt):
+        if float(time) > 0.35:
+            x = self.turn(x)
+        return super().forward(x, time, prompt)
+
+
+class TurningToCount(Turning):
+    def __init__(self):
+        super().__init__()
+        self.seen, self.calls = [], 0
+
+    def turn(self, x):
+        self.calls += 1
+        self.seen.append(None)
+        return x * (self.calls + len(self.seen))
+
+
+class TurningToDraw(Turning):
+    def turn(self, x):
+        return x + torch.rand(1)
+
+
+class TurningToWrite(Turning):
+    def turn(self, x):
+        return x.mul_(1.1)
+
+
+class TurningToItsBuffer(Turning):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(1))
+
+    def turn(self, x):
+        return x * self.mean.mul_(1.1)
+
+
+@pytest.mark.parametrize("kind", [TurningToCount, TurningToDraw])
+def test_what_begins_in_the_midst_of_a_run_is_undone(kind):
+    report, _ = compare(kind, steps=8)
+    assert report.paired == 2
+    assert report.unpaired
+
+
+@pytest.mark.parametrize(("kind", "why"), [(TurningToWrite, "arguments"), (TurningToItsBuffer, "buffers")])
+def test_what_cannot_be_undone_is_told(kind, why):
+    with pytest.raises(RuntimeError, match=f"{why}.*pair_passes=False"):
+        compare(kind, steps=8)
+    assert compare(kind, steps=8, pair_passes=False)[0].paired == 0
+
+
 # --- who else has a say -----------------------------------------------------------------------------------
 
 

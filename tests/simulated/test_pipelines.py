@@ -43,3 +43,33 @@ def test_memory_that_is_kept_within_a_bound():
             assert torch.equal(run(pipe, "wan22", num_inference_steps=4), expected)
         pipe.disable_block_offload()
     assert not checker.races, "\n".join(checker.races[:5])
+
+
+@pytest.mark.parametrize(("name", "granularity"), [("wan", "block"), ("qwenimage", "phase"), ("wan", "leaf")])
+def test_passes_that_take_turns(name, granularity):
+    pipe = build(name, device="npu")
+    expected = run(pipe, name, num_inference_steps=5)
+    with THE.checked() as checker:
+        pipe.to("cpu").enable_block_offload(
+            device="npu", offload_granularity=granularity, offload_ratio=1.0, components={"vae": "model"}
+        )
+        for _ in range(2):
+            assert torch.equal(run(pipe, name, num_inference_steps=5), expected)
+        assert pipe.block_offload.report().paired == 3 + 4
+        pipe.disable_block_offload()
+    assert not checker.races, "\n".join(checker.races[:5])
+
+
+@pytest.mark.parametrize("pair_passes", [None, True, False])
+def test_passes_that_take_turns_within_a_bound(pair_passes):
+    pipe = build("wan22", device="npu")
+    expected = run(pipe, "wan22", num_inference_steps=8)
+    pipe.to("cpu")
+    with THE.checked() as checker:
+        pipe.enable_block_offload(device="npu", max_device_memory="6MiB", pair_passes=pair_passes)
+        for _ in range(2):
+            assert torch.equal(run(pipe, "wan22", num_inference_steps=8), expected)
+        report = pipe.block_offload.report()
+        pipe.disable_block_offload()
+    print(report, pair_passes)
+    assert not checker.races, "\n".join(checker.races[:5])

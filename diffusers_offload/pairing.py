@@ -212,8 +212,6 @@ def _kept(call: Call, before: Call) -> set[Path]:
 def _expect(lead: Call, before: Call, between: Call) -> Expected | None:
     """The call that is to `lead` what `between` was to `before`; None if that cannot be said."""
     kept = _kept(lead, before)
-    if between.spec == before.spec and all(between.leaves[p].is_(before.leaves[p]) for p in kept):
-        return None  # nothing tells it from the lead
     leaves, shared, compared = {}, set(), []
     together = kept == set(lead.leaves)
     for path, leaf in between.leaves.items():

@@ -194,12 +194,11 @@ class Pairs:
             return "calls that were foreseen did not come"
         if not self._in_place():
             return "weights were replaced in the course of a call"
-        for spec in meeting.key:
-            if spec not in self._looks:
-                return ""
-            if self._looks[spec]:
-                return self._looks[spec]
-        return None if component.known and not component.strays else ""
+        seen = [self._looks.get(spec) for spec in meeting.key]
+        why = next(filter(None, seen), None)
+        if why is None and (None in seen or not component.known or component.strays):
+            return ""
+        return why
 
     def worth_it(self, shapes: tuple, together: tuple) -> bool:
         """Whether forwards gain by running together, as far as the budget knows, and have the memory.

@@ -77,7 +77,7 @@ class Loop:
                 self.between(self, step)
             time = torch.tensor([step / 10])
             results = [self.call(net, time, number) for number in self.given]
-            weights = [1.5, -0.5, 0.25][: len(results)]
+            weights = [1.5, -0.5, 0.25, 0.125, -0.25][: len(results)]
             self.latents = sum(w * result for w, result in zip(weights, results, strict=True))
             made.append(self.latents)
             if handle is not None:

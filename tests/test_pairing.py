@@ -81,16 +81,33 @@ def test_a_time_that_is_computed_anew_for_each_call():
     assert report.paired == 4
 
 
-def test_a_pass_that_leaves_blocks_out():
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("skips", [(1, 2), (0,), ()])  # the passes that do
+def test_passes_that_leave_blocks_out(skips, granularity):
     class Skipping(Loop):
         def call(self, net, time, number):
-            skip = {"skip": (1, 2)} if number else None
+            skip = {"skip": (1, 2)} if number in skips else None
             return net(self.latents, time, self.prompts[number], options=skip)
 
-    for granularity in GRANULARITIES:
-        report, _ = compare(Net, lambda: Skipping(3), steps=7, offload_granularity=granularity)
-        assert report.paired == 10
-        assert not report.discarded
+    report, _ = compare(Net, lambda: Skipping(3), steps=7, offload_granularity=granularity)
+    assert report.paired == 10
+    assert not report.discarded
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_passes_that_use_the_units_in_another_order(granularity):
+    class Reversing(Net):
+        def forward(self, x, time, prompt, options=None):
+            for block in reversed(self.blocks) if options else self.blocks:
+                x = block(x + time, prompt)
+            return self.out(x)
+
+    class Both(Loop):
+        def call(self, net, time, number):
+            return net(self.latents, time, self.prompts[number], options=number == 1)
+
+    report, _ = compare(Reversing, Both, offload_granularity=granularity)
+    assert report.paired == 4
 
 
 def test_it_can_be_turned_off():
@@ -223,41 +240,33 @@ def test_between_the_calls_of_a_step(disturb):
     assert report.paired in (1 + 2, 1 + 1, 1 + 3, 2 + 3, 5)
 
 
-def test_minus_zero_is_no_zero():
-    class Signed(Net):
-        def begin(self, x, prompt):
-            return x, prompt
+class Signed(Net):
+    """Tells 0.0 from -0.0."""
 
-        def forward(self, x, time, prompt):
-            return super().forward(x, torch.copysign(torch.ones_like(time), time), prompt)
+    def forward(self, x, time, prompt, options=None):
+        sign = torch.tensor(options["sign"]) if options else time
+        return super().forward(x, torch.copysign(torch.ones(1), sign), prompt)
 
-    class Zeros(Loop):
-        def call(self, net, time, number):
-            time = time * 0
-            return net(
-                self.latents, -time if number and len(self.bytes) == 4 else time + 0, self.prompts[number]
-            )
 
-    net = Signed()
-    loops = []
+class Zeros(Loop):
+    """Gives a negative zero to the second call of step 4: as a tensor, or as a number."""
 
-    def make():
-        loops.append(Zeros())
-        if len(loops) == 1:  # the resident one counts its steps as well
-            loops[0].run = lambda net, steps: _count_steps(loops[0], net, steps)
-        return loops[-1]
+    def __init__(self, as_number):
+        super().__init__()
+        self.as_number, self.calls = as_number, 0
 
-    del net
-    report, _ = compare(Signed, make, steps=7)
+    def call(self, net, time, number):
+        self.calls += 1
+        sign = -0.0 if self.calls == 10 else 0.0
+        if self.as_number:
+            return net(self.latents, time, self.prompts[number], options={"sign": sign})
+        return net(self.latents, time * sign, self.prompts[number])
+
+
+@pytest.mark.parametrize("as_number", [True, False])
+def test_minus_zero_is_no_zero(as_number):
+    report, _ = compare(Signed, lambda: Zeros(as_number), steps=7)
     assert report.discarded == 1
-
-
-def _count_steps(loop, net, steps):
-    class Handle:
-        def report(self):
-            return type("R", (), {"bytes_loaded": 0})
-
-    return Loop.run(loop, net, steps, Handle())
 
 
 # --- what a forward does besides computing ----------------------------------------------------------------
@@ -323,6 +332,20 @@ class Leaving(Net):
     def end(self, x):
         x = x * self.notes[0]
         return x
+
+
+class LeavingForTheNext(Leaving):
+    """The same, but the first one to come is right."""
+
+    notes = []  # noqa: RUF012
+
+    def begin(self, x, prompt):
+        if not self.notes:
+            self.notes.append(prompt)
+        return x, prompt
+
+    def end(self, x):
+        return x * self.notes.pop() if self.notes else x
 
 
 class ReturningItsBuffer(Net):
@@ -402,6 +425,7 @@ STATEFUL = {
     "writes to a buffer": (WritingToABuffer, Loop, "weights or buffers"),
     "changes a scale": (Rescaling, Loop, "another result"),
     "leaves a note": (Leaving, Loop, "another result"),
+    "leaves a note for the next": (LeavingForTheNext, Loop, "another result"),
     "returns its memory": (ReturningItsBuffer, CloningLoop, "share memory"),
     "takes from a list": (Taking, ListLoop, "writes to its arguments"),
     "returns an object": (ReturningAnObject, UnwrappingLoop, "returns a Wrapped"),
@@ -411,10 +435,32 @@ STATEFUL = {
 
 @pytest.mark.parametrize(("kind", "loop", "why"), STATEFUL.values(), ids=STATEFUL)
 def test_forwards_that_do_more_than_compute(kind, loop, why):
-    report, _ = compare(kind, loop)
+    report, loop = compare(kind, loop)
     assert report.paired == 0
     assert why in report.unpaired["module"]
     assert why in str(report)
+    rehearsed = len(set(loop.per_step)) > 1
+    assert rehearsed == (why in ("another result", "share memory"))
+
+
+def test_every_pass_is_looked_at_before_it_runs_with_others():
+    class Counted(Loop):
+        def call(self, net, time, number):
+            return net(self.latents, time, self.prompts[number], options={"number": number})
+
+    class WritingInTheFifth(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(1))
+
+        def forward(self, x, time, prompt, options):
+            if options["number"] == 4:
+                x = x + self.mean.add_(1)
+            return Net.forward(self, x, time, prompt)
+
+    report, _ = compare(WritingInTheFifth, lambda: Counted(5))
+    assert report.paired == 0
+    assert "buffers" in report.unpaired["module"]
 
 
 class Turning(Net):

@@ -116,6 +116,11 @@ class Component:
         self.late: set[Unit] = set()  # in use past their forwards: released when another one is used
         self.pairs: Any = None  # the guidance passes that run for one load (`Pairs`), once it has been called
 
+    def edited(self) -> None:
+        """Its weights are others now: what was computed ahead for its calls is out of date."""
+        if self.pairs is not None:
+            self.pairs.discard()
+
     @property
     def units(self) -> list[Unit]:
         return [*self.stem, *self.residents, *self.streamed]

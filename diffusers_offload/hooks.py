@@ -199,8 +199,6 @@ class ComponentHook(EngineHook):
             with self.engine.lock:
                 self._check()
                 self._meetings.pop(get_ident(), None)
-                if self.component.pairs is not None:
-                    self.component.pairs.forget()  # one of another method is no call that follows a forward
                 args, kwargs = self._begin(module, args, kwargs)
             return self.post_forward(module, guarded(*args, **kwargs))
 

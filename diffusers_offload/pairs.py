@@ -133,7 +133,7 @@ class Pairs:
         meeting = Meeting(self, call)
         disappointed = bool(self._pending) and not self._claim(meeting)
         if disappointed:
-            self._discard()
+            self.discard()
         followers = self._history.followers(call) if not self._pending and meeting.result is None else []
         self._history.add(call)
         if meeting.result is not None:
@@ -337,15 +337,15 @@ class Pairs:
 
     # --- forgetting -------------------------------------------------------------------------------------
 
-    def _discard(self) -> None:
-        """Results that nobody asked for."""
+    def discard(self) -> None:
+        """Throw away results that nobody has asked for."""
         self._engine.counters.discarded += sum(not each.rehearsal for each in self._pending)
         self._balance -= len(self._pending)
         self._pending.clear()
 
     def forget(self) -> None:
         """What is known of the calls so far is of no use for those to come."""
-        self._discard()
+        self.discard()
         self._history.clear()
 
     def call_ended(self) -> None:

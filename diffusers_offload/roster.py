@@ -188,6 +188,7 @@ class Roster:
                     self._take_edits(component)
 
     def _take_edits(self, component: Component) -> None:
+        component.edited()
         for unit in [*component.stem, *component.streamed]:
             edited = component.on_disk and unit.weights.note_edits()
             if edited or not unit.weights.is_intact():

@@ -1,9 +1,12 @@
 """Guidance passes that run for one load of the weights: equal to the bit, and only where it is safe."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from greenlet import greenlet
 from guidance import Loop, Net, compare, offload
 from hypothesis import given, settings
@@ -11,6 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diffusers_offload import passes
+from diffusers_offload.budget import DeviceBudget, _Known
+from diffusers_offload.component import Component
+from diffusers_offload.streams import open_streams
+from diffusers_offload.timeline import Forecast
 
 GRANULARITIES = ("block", "phase", "leaf")
 
@@ -267,6 +274,86 @@ class Zeros(Loop):
 def test_minus_zero_is_no_zero(as_number):
     report, _ = compare(Signed, lambda: Zeros(as_number), steps=7)
     assert report.discarded == 1
+
+
+def within_suspended(handle, net):
+    with handle.suspended():
+        net.blocks[1].one.weight.data.mul_(2)
+
+
+def as_double(handle, net):
+    net.to(torch.float64)
+    net.to(torch.float32)
+    net.to(torch.bfloat16)
+    net.to(torch.float32)
+
+
+def replaced_and_used(handle, net):
+    net.blocks[1].one.weight.data = net.blocks[1].one.weight.data * 2
+    net.blocks[1](torch.zeros(1, 24), torch.zeros(1, 24))  # which takes the new weights in
+
+
+@pytest.mark.parametrize("edit", [within_suspended, as_double, replaced_and_used])
+def test_weights_edited_between_the_calls_of_a_step(edit):
+    class Nothing:
+        def suspended(self):
+            return nullcontext()
+
+    def play(net, handle):
+        return Disturbed(lambda loop, net: edit(handle, net)).run(net, 8)
+
+    with torch.no_grad():
+        expected, net = play(Net(), Nothing()), Net()
+        handle = offload(net)
+        with handle.calling():
+            assert torch.equal(play(net, handle), expected)
+    assert handle.report().discarded == 1
+
+
+def test_the_second_call_comes_from_another_thread():
+    def elsewhere(loop, net, time):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.no_grad()(lambda: Loop.call(loop, net, time, 1))).result()
+
+    class Threaded(Loop):
+        def call(self, net, time, number):
+            return elsewhere(self, net, time) if number else super().call(net, time, number)
+
+    net = Net()
+    with torch.no_grad():
+        expected = Loop().run(net)
+        handle = offload(net)
+        assert torch.equal(Threaded().run(net), expected)
+    assert handle.report().paired == 0
+
+
+def test_two_threads_with_the_same_prompts():
+    net = Net()
+    loops = [Loop() for _ in range(2)]
+    loops[1].prompts = loops[0].prompts
+    with torch.no_grad():
+        expected = Loop().run(net, 20)
+        handle = offload(net)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(torch.no_grad()(lambda loop=loop: loop.run(net, 20))) for loop in loops]
+        assert all(torch.equal(each.result(), expected) for each in runs)
+    handle.disable()
+
+
+def test_another_method_is_no_call_of_the_forward():
+    class Coder(Net):
+        @apply_forward_hook
+        def decode(self, x, time, prompt):
+            return self.out(x) * 2
+
+    class Decoding(Loop):
+        def call(self, net, time, number):
+            if number:
+                return net.decode(self.latents, time, self.prompts[number])
+            return super().call(net, time, number)
+
+    report, _ = compare(Coder, Decoding)
+    assert report.paired == 0
 
 
 # --- what a forward does besides computing ----------------------------------------------------------------
@@ -874,6 +961,54 @@ def test_latents_are_not_kept_alive():
         gc.collect()
         assert sum(each() is not None for each in seen) == 0
     assert handle.report().paired == 3
+
+
+# --- under a bound ----------------------------------------------------------------------------------------
+
+ONE, BOTH = ((3, 24),), (((3, 24),), ((3, 24),))
+
+
+def budget(limit, need_of_one, need_of_both=None, one=None, both=None):
+    """A budget that has measured a component."""
+    component = Component("module", Net())
+    known = DeviceBudget(limit, open_streams(torch.device("cpu")))
+    known._known[component, ONE] = _Known(need_of_one, forecast=one)
+    if need_of_both is not None:
+        known._known[component, BOTH] = _Known(need_of_both, forecast=both)
+    return known.why_not_together(component, ONE, BOTH, 100)
+
+
+def forecast(step, stall):
+    return Forecast(step=step, transfer=step, stall=stall, stalls=())
+
+
+def test_memory_for_the_activations_of_both():
+    assert budget(200, 150) is None  # 100 of weights, twice 50
+    assert "memory" in budget(199, 150)
+    assert "memory" in budget(200, 150, need_of_both=201)
+    assert budget(200, 190, need_of_both=200) is None  # measured
+
+
+def test_nothing_is_gained_where_computing_is_the_limit():
+    assert budget(200, 150, one=forecast(1.0, 0.5)) is None
+    assert "computing" in budget(200, 150, one=forecast(1.0, 0.01))
+    assert budget(200, 150, 200, forecast(1.0, 0.5), forecast(1.5, 0.5)) is None
+    assert "one by one" in budget(200, 150, 200, forecast(1.0, 0.5), forecast(2.5, 0.5))
+
+
+@pytest.mark.parametrize(("why", "pair_passes", "paired"), [("computing", None, 0), ("computing", True, 4)])
+def test_who_insists_gets_pairs(why, pair_passes, paired, monkeypatch):
+    monkeypatch.setattr(DeviceBudget, "why_not_together", lambda *_: why)
+    report, _ = compare(Net, pair_passes=pair_passes, max_device_memory="1MiB")
+    assert report.paired == paired
+
+
+@pytest.mark.parametrize("pair_passes", [None, True])
+def test_nobody_gets_more_memory_than_there_is(pair_passes, monkeypatch):
+    monkeypatch.setattr(DeviceBudget, "why_not_together", lambda *_: "memory is short")
+    report, _ = compare(Net, pair_passes=pair_passes, max_device_memory="1MiB")
+    assert report.paired == 0
+    assert report.unpaired == {"module": "memory is short"}
 
 
 # --- everything at once -----------------------------------------------------------------------------------

@@ -301,3 +301,38 @@ def test_an_edit_within_suspended():
     made = called(pipe, "wan")
     pipe.disable_block_offload()
     assert torch.equal(made, called(pipe, "wan"))
+
+
+# --- where it can be asked for ----------------------------------------------------------------------------
+
+
+def test_from_pretrained(tmp_path):
+    import diffusers_offload
+
+    pipe = built("wan")
+    expected = called(pipe, "wan")
+    pipe.save_pretrained(tmp_path / "saved")
+    for number, pair_passes in enumerate((None, False)):
+        other = diffusers_offload.from_pretrained(
+            tmp_path / "saved", offload_dir=tmp_path / "blocks", device="cpu", pair_passes=pair_passes
+        )
+        other.set_progress_bar_config(disable=True)
+        assert torch.equal(called(other, "wan"), expected)
+        assert other.block_offload.report().paired == (0 if number else STEPS - 2)
+    with pytest.raises(ValueError, match="pair_passes="):
+        diffusers_offload.from_pretrained(
+            tmp_path / "saved", offload_dir=tmp_path / "blocks", device="cpu", pair_passes="no"
+        )
+
+
+def test_modular_managers():
+    from diffusers import ComponentsManager
+
+    manager = ComponentsManager()
+    pipe = built("wan")
+    manager.add("transformer", pipe.transformer)
+    manager.enable_block_offload(device="cpu", offload_ratio=1.0, pair_passes=False)
+    assert manager.block_offload.engines[0].pair_passes is False
+    manager.disable_block_offload()
+    with pytest.raises(ValueError, match="pair_passes="):
+        manager.enable_block_offload(device="cpu", pair_passes=2)

@@ -139,24 +139,19 @@ class ComponentHook(EngineHook):
             self.held.check()
 
     def _meet(self, args: tuple, kwargs: dict) -> Meeting | None:
-        """What the call has met with, if it is one that may be paired."""
         if self.engine.busy or not (args or kwargs):
             return None
-        if self.component.pairs is None:
-            self.component.pairs = Pairs(self.engine, self.component)
+        self.component.pairs = self.component.pairs or Pairs(self.engine, self.component)
         return self.component.pairs.meet(args, kwargs)
 
-    def _begin(
-        self, module: nn.Module, args: tuple, kwargs: dict, meeting: Meeting | None = None
-    ) -> tuple[tuple, dict]:
-        with self.engine.lock:
-            # Diffusers calls this without arguments for methods that use the component past its forward, and
-            # never calls `post_forward`. Those of an autoencoder we guard ourselves (`entry`).
-            args, kwargs = self.send(module, args, kwargs)
-            if args or kwargs:
-                self.enter(args, kwargs, meeting)
-            else:
-                self.engine.touch(self.component)
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict, meeting: Meeting | None = None) -> tuple:
+        # Diffusers calls this without arguments for methods that use the component past its forward, and
+        # never calls `post_forward`. Those of an autoencoder we guard ourselves (`entry`).
+        args, kwargs = self.send(module, args, kwargs)
+        if args or kwargs:
+            self.enter(args, kwargs, meeting)
+        else:
+            self.engine.touch(self.component)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:

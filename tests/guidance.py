@@ -93,6 +93,21 @@ class Loop:
         return [after - before for before, after in pairwise(self.bytes)]
 
 
+class Disturbed(Loop):
+    """Something happens between the two calls of step 4."""
+
+    def __init__(self, disturb, after=None):
+        super().__init__()
+        self.disturb, self.after = disturb, after
+
+    def call(self, net, time, number):
+        if number == 0 and round(float(time) * 10) == 5 and self.after is not None:
+            self.after(self, net)
+        if number == 1 and round(float(time) * 10) == 4:
+            self.disturb(self, net)
+        return super().call(net, time, number)
+
+
 def offload(net, **arguments):
     arguments = {"device": "cpu", "offload_ratio": 1.0, **arguments}
     return diffusers_offload.enable_block_offload(net, **arguments)

@@ -10,6 +10,7 @@ from zoo.parts import PROMPT
 
 from diffusers_offload.demo import pipelines as demo
 
+pytestmark = pytest.mark.usefixtures("nobody_is_left_half_way")
 STEPS = 6
 ISOLATED = {  # three passes: plain, with blocks perturbed, and with picture and sound apart
     "guidance_scale": 1.0,

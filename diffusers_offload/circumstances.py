@@ -10,12 +10,14 @@ import torch
 
 def modes(device_type: str) -> tuple:
     """What torch keeps per thread that changes what a forward computes."""
-    kinds = {"cpu", device_type}
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_cache_enabled(),
-        *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_enabled(device_type),
+        torch.get_autocast_dtype(device_type),
         torch._C._len_torch_function_stack(),
         torch._C._is_torch_function_enabled(),
         torch._C._len_torch_dispatch_stack(),

@@ -30,20 +30,20 @@ CASES = {
 EMBEDS = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
 
-def built(name):
-    return build(name) if name in demo.PIPELINES else zoo.build(name)
+def built(name, device="cpu"):
+    return build(name, device=device) if name in demo.PIPELINES else zoo.build(name, device=device)
 
 
 def called(pipe, name, steps=STEPS, **changes):
     changes["num_inference_steps"] = steps
     if name in demo.PIPELINES:
         return run(pipe, name, **changes)
-    kwargs = {**zoo.call_kwargs(name), **changes}
+    kwargs = {**zoo.call_kwargs(name, pipe.device.type), **changes}
     return zoo.output(pipe(**kwargs, generator=torch.Generator().manual_seed(0)))
 
 
-def enabled(pipe, **arguments):
-    pipe.enable_block_offload(device="cpu", offload_ratio=1.0, **arguments)
+def enabled(pipe, device="cpu", **arguments):
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0, **arguments)
     return pipe.block_offload
 
 
@@ -60,14 +60,15 @@ def bytes_per_step(pipe, name, **changes):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_loads_its_weights_once(case):
+def test_a_step_loads_its_weights_once(case, device):
     name, changes, passes = CASES[case]
-    pipe = built(name)
+    pipe = built(name, device)
     expected = called(pipe, name, **changes)
-    enabled(pipe, pair_passes=False)
+    enabled(pipe, device, pair_passes=False)
     alone, made = bytes_per_step(pipe, name, **changes)
     assert torch.equal(made, expected)
-    handle = enabled(pipe)
+    pipe.disable_block_offload()
+    handle = enabled(pipe, device)
     for _ in range(2):  # in the second call all is known, but for the prompts
         handle.reset()
         paired, made = bytes_per_step(pipe, name, **changes)
@@ -85,11 +86,11 @@ def test_a_step_loads_its_weights_once(case):
 
 @pytest.mark.parametrize("granularity", ["phase", "leaf"])
 @pytest.mark.parametrize("case", ["wan", "qwenimage", "ltx2"])
-def test_smaller_units(case, granularity):
+def test_smaller_units(case, granularity, device):
     name, changes, passes = CASES[case]
-    pipe = built(name)
+    pipe = built(name, device)
     expected = called(pipe, name, **changes)
-    handle = enabled(pipe, offload_granularity=granularity)
+    handle = enabled(pipe, device, offload_granularity=granularity)
     assert torch.equal(called(pipe, name, **changes), expected)
     assert handle.report().paired == (STEPS - (3 if case == "ltx2" else 2)) * (passes - 1)
 
@@ -148,12 +149,12 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize(("callback", "paired", "discarded"), CALLBACKS.values(), ids=CALLBACKS)
-def test_callbacks(callback, paired, discarded):
-    pipe = built("wan")
+def test_callbacks(callback, paired, discarded, device):
+    pipe = built("wan", device)
     changes = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": EMBEDS}
     expected = called(pipe, "wan", **changes)
     assert not torch.equal(expected, called(pipe, "wan"))
-    handle = enabled(pipe)
+    handle = enabled(pipe, device)
     assert torch.equal(called(pipe, "wan", **changes), expected)
     assert (handle.report().paired, handle.report().discarded) == (paired, discarded)
 

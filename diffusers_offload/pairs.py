@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 _LOOKED_AT = 4  # calls at the beginning of a pipeline's call that are looked at closely
+_KINDS = 256  # of calls that are remembered from call to call of the pipeline
 _PATIENCE = 2  # results thrown away beyond those that were used, in one call of the pipeline
 
 
@@ -259,7 +260,7 @@ class Pairs:
             meeting.lost = not self._snapshot.restore()
             return None
         self._keep(meeting, output, outcomes)
-        return (output,)
+        return None if meeting.key in self._refused else (output,)
 
     def _keep(self, meeting: Meeting, output: Any, outcomes: list[Outcome]) -> None:
         """Keep the followers' results for their calls."""
@@ -352,6 +353,8 @@ class Pairs:
         """The pipeline's call is over: the next one has other prompts."""
         self.forget()
         self._balance = self._seen = 0
+        if len(self._looks) > _KINDS:
+            self._snapshot, self._looks = None, {}  # the rest goes with the snapshot
 
     def _renew_snapshot(self) -> None:
         if self._snapshot is None or not self._snapshot.matches():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from guidance import Loop, Net, offload
 from helpers import build, run
 
 from .device import THE
@@ -73,3 +74,36 @@ def test_passes_that_take_turns_within_a_bound(pair_passes):
         pipe.disable_block_offload()
     assert bool(report.paired) == (pair_passes is not False)
     assert not checker.races, "\n".join(checker.races[:5])
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_result_is_asked_for_on_another_stream(waits, monkeypatch):
+    """It was ordered behind the stream of the call with which it was computed."""
+    net = Net()
+    handle = offload(net, device="npu")
+    other = torch.npu.Stream()
+
+    class OnTwoStreams(Loop):
+        def call(self, net, time, number):
+            if number == 0:
+                other.wait_stream(torch.npu.current_stream())  # it sees the arguments
+                return super().call(net, time, number)
+            pending = handle.engines[0].components[0].pairs._pending
+            if not waits and pending and not pending[0].rehearsal:
+                monkeypatch.setattr(type(other), "wait_stream", lambda *_: None)
+            with torch.npu.stream(other):
+                result = super().call(net, time, number) * 1.0
+            monkeypatch.undo()
+            torch.npu.current_stream().wait_stream(other)
+            return result
+
+    loop = OnTwoStreams()
+    loop.latents = loop.latents.to("npu")
+    loop.prompts = [prompt.to("npu") for prompt in loop.prompts]
+    with torch.no_grad(), THE.checked() as checker, handle.calling():
+        steps = [torch.tensor([step / 10], device="npu") for step in range(5)]
+        for time in steps:
+            one, two = (loop.call(net, time, number) for number in (0, 1))
+            loop.latents = one - two
+    assert handle.report().paired == 3
+    assert bool(checker.races) != waits

@@ -32,6 +32,7 @@ from .transfers import Transfers
 from .turns import Turns
 
 if TYPE_CHECKING:
+    from .passes import Passes
     from .policy import Storage
     from .tiers.disk import DiskTier
     from .tiers.packed import PackedTier
@@ -48,7 +49,10 @@ class Engine:
         budget: DeviceBudget | None = None,
         storage: Storage | None = None,
         host_limit: int | None = None,
+        pair_passes: bool | None = None,
     ) -> None:
+        self.pair_passes = pair_passes  # whether passes of a step run for one load; None: where that gains
+        self.passes: Passes | None = None  # those that take turns now
         self.streams = streams
         self.device = streams.device
         self.counters = Counters(streams=streams)
@@ -225,6 +229,8 @@ class Engine:
             for component in self.components:
                 component.checked = False
                 component.runs = 0
+                if component.pairs is not None:
+                    component.pairs.call_ended()
 
     # --- the unit's forward ---------------------------------------------------------------------------
 
@@ -431,3 +437,10 @@ class Engine:
     def restore_random(self) -> None:
         """The generators are as they were when the last forward began."""
         self.streams.restore_random(self._random)
+
+    def random_changed(self) -> bool:
+        """Whether somebody has drawn random numbers since the forward under way began."""
+        before, now = self._random, self.streams.random_state()
+        if isinstance(now, torch.Tensor):
+            return not torch.equal(before, now)
+        return not all(torch.equal(one, other) for one, other in zip(before, now, strict=True))

@@ -152,7 +152,7 @@ class Held:
         feared = self.target.policy.granularity == "block" and budget.may_be_exceeded_by(
             component, shapes, weights
         )
-        if feared or budget.exceeded_by(component):
+        if feared or budget.exceeded_by(component, shapes):
             logger.info(
                 "%s: the memory bound is small for these inputs, so it streams in units of a %s",
                 component.name,
@@ -221,6 +221,8 @@ class Held:
                 hook.component = self.component
             raise
         self.component = after
+        if before.pairs is not None:
+            before.pairs.forget()
         self._adopt_hooks()
 
     def _take_in(self) -> None:
@@ -265,6 +267,8 @@ class Held:
         """The component's own hook is gone: take the others off, give the weights back."""
         with self.engine.lock:
             self.engine.roster.release(self.component)
+            if self.component.pairs is not None:
+                self.component.pairs.forget()
             self._detach_inside()
             self._hooks = []
             for handle in self.owners:

@@ -234,6 +234,7 @@ def _request(pipe: Any, modules: Mapping[str, nn.Module], offload: Mapping[str, 
         tuple(modules),
         offload.get("tier"),
         storage,
+        offload.get("pair_passes"),
     )
 
 

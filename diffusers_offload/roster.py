@@ -214,6 +214,7 @@ class Roster:
                     self._take_edits(component)
 
     def _take_edits(self, component: Component) -> None:
+        component.edited()
         for unit in [*component.stem, *component.streamed]:
             edited = component.on_disk and unit.weights.note_edits()
             revealed = component.packs and not isinstance(unit.weights.host, PackedMemory)

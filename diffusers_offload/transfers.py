@@ -167,6 +167,7 @@ class Transfers:
     def take_over(self, unit: Unit) -> None:
         """Somebody gave the tensors other bytes (`tensor.data = ...`, `.to(dtype)`): these count now."""
         self._streams.synchronize(f"copies of {_path(unit)}, whose weights were replaced")
+        unit.component.edited()
         self.reveal(unit)
         before, unit.weights = unit.weights.host, renewed(unit.weights)
         if unit.component.on_disk:

@@ -137,6 +137,13 @@ class Weights:
         """Whether the unbound tensors still point at the host bytes: false after `tensor.data = ...`."""
         return self._host_addresses == [tensor.data_ptr() for tensor in self.tensors]
 
+    def is_in_place(self, on_device: bool) -> bool:
+        """Whether the tensors point at the bytes on the device, or on the host, that they were given."""
+        views = self._device_views if on_device else self._host_views
+        return not views or all(
+            tensor.data_ptr() == view.data_ptr() for tensor, view in zip(self.tensors, views, strict=True)
+        )
+
     def is_undisturbed(self) -> bool:
         """Whether the tensors point where they were moved, on the host or to stay on the device."""
         if self.host is None and not self._device_views:  # not moved, or there already

@@ -32,7 +32,7 @@ from .transfers import Transfers
 from .turns import Turns
 
 if TYPE_CHECKING:
-    from .passes import Passes
+    from .pairing.passes import Passes
     from .policy import Storage
     from .tiers.disk import DiskTier
     from .tiers.packed import PackedTier

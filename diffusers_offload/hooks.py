@@ -17,8 +17,8 @@ from . import guards, recovery
 from .component import Component, State, Unit
 from .engine import Engine
 from .inputs import elsewhere, shapes_of
-from .pairs import Meeting, Pairs
-from .together import run_together
+from .pairing.pairs import Meeting, Pairs
+from .pairing.together import run_together
 
 _ATTEMPTS = 16  # times that a forward is run again: each leaves less on the device
 _MARKER = "diffusers.utils.accelerate_utils"  # where the decorator's wrapper is from

@@ -72,7 +72,7 @@ def nobody_is_left_half_way(monkeypatch) -> Iterator[None]:
     """Passes that take turns have all come to their end."""
     from greenlet import greenlet
 
-    from diffusers_offload import passes
+    from diffusers_offload.pairing import passes
 
     made = []
 

@@ -286,7 +286,7 @@ def budget(limit, need_of_one, need_of_both=None, one=None, both=None):
 
 
 def forecast(step, stall):
-    return Forecast(step=step, transfer=step, stall=stall, stalls=())
+    return Forecast(step=step, transfer=step, reading=0.0, stall=stall, stalls=())
 
 
 def test_memory_for_the_activations_of_both():

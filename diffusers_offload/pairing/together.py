@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from . import recovery
+from .. import recovery
 from .pairs import Meeting
 
 if TYPE_CHECKING:
-    from .hooks import ComponentHook
+    from ..hooks import ComponentHook
 
 
 def run_together(

@@ -18,10 +18,10 @@ from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from ..component import State, Unit
+from ..recovery import is_out_of_memory
+from ..streams import Streams
 from .circumstances import modes
-from .component import State, Unit
-from .recovery import is_out_of_memory
-from .streams import Streams
 
 _STUBBORN = 8  # times that a forward may swallow the exception that ends it
 

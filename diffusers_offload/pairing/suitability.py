@@ -7,7 +7,7 @@ from accelerate.hooks import SequentialHook
 from torch import nn
 from torch.nn.modules import module as modules
 
-from .engine import Engine
+from ..engine import Engine
 
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks")
 

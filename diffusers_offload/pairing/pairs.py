@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..component import Component, State
+from ..log import logger
 from .circumstances import circumstances
-from .component import Component, State
-from .log import logger
-from .pairing import Call, Expected, History, Unpairable, same_results, share_memory, tensors_in
+from .history import Call, Expected, History, Unpairable, same_results, share_memory, tensors_in
 from .passes import Outcome, Passes
 from .snapshot import Snapshot
 from .suitability import why_none_is_suitable, why_unsuitable
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from ..engine import Engine
 
 _LOOKED_AT = 4  # calls at the beginning of a pipeline's call that are looked at closely
 _KINDS = 256  # of calls that are remembered from call to call of the pipeline

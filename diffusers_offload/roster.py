@@ -114,9 +114,8 @@ class Roster:
             yield from self._transfers.disk.put(component, moving)
             return
         if component.packs:  # how much memory a unit takes is known when it is packed
-            for unit in moving:
-                self._transfers.put(unit)
-                yield unit
+            with closing(self._transfers.put_each(moving)) as there:
+                yield from there
             return
         # Closed, or its threads would live as long as the error that a failure ends in.
         with closing(self._transfers.tier.prepare([unit.nbytes for unit in moving])) as memory:
@@ -166,12 +165,14 @@ class Roster:
         self._withdraw(component)
         self.streams.synchronize(f"copies of {component.name}, whose memory is about to go")
         component.tier = "packed"
-        for unit in component.streamed:
-            fresh = renewed(unit.weights)  # laid out for where the tensors look now
-            packed = self._transfers.packed.pack(fresh)
-            if packed is not None:
-                fresh.move_to_host(packed, filled=True)
-                unit.weights = fresh
+        fresh = [
+            renewed(unit.weights) for unit in component.streamed
+        ]  # laid out for where the tensors look now
+        with closing(self._transfers.packed.pack_each(fresh)) as all_packed:
+            for unit, weights, packed in zip(component.streamed, fresh, all_packed, strict=True):
+                if packed is not None:
+                    weights.move_to_host(packed, filled=True)
+                    unit.weights = weights
         self._forget(component)  # what was measured was measured with more to copy
 
     def stream_again(self, unit: Unit) -> None:

@@ -6,7 +6,8 @@ users: the allocator reuses memory in the order of the stream, so it cannot hand
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,18 +106,20 @@ class Transfers:
         self.tier.load(source, buffer)
         return self._streams.load
 
-    def put(self, unit: Unit, host: HostMemory | None = None) -> None:
-        """Move a unit to host memory, packed where its component wants that and it gains by it.
+    def put_each(self, units: Sequence[Unit]) -> Iterator[Unit]:
+        """Move units to host memory, packed where their component wants that and they gain by it; stems are not.
 
-        Args:
-            host: memory for it as it is; it is allocated if None.
+        Yields each unit once it is there.
         """
-        weights = unit.weights
-        packed = self.packed.pack(weights) if unit.component.packs and unit.modules else None
-        if packed is not None:
-            weights.move_to_host(packed, filled=True)
-        else:
-            weights.move_to_host(host or self.tier.allocate(weights.nbytes))
+        packing = [unit for unit in units if unit.component.packs and unit.modules]
+        with closing(self.packed.pack_each([unit.weights for unit in packing])) as all_packed:
+            for unit in units:
+                packed = next(all_packed) if unit.component.packs and unit.modules else None
+                if packed is not None:
+                    unit.weights.move_to_host(packed, filled=True)
+                else:
+                    unit.weights.move_to_host(self.tier.allocate(unit.nbytes))
+                yield unit
 
     def reveal(self, unit: Unit) -> None:
         """The host holds the unit's weights as they are: before they go elsewhere, or somebody edits them."""
@@ -173,7 +176,8 @@ class Transfers:
         if unit.component.on_disk:
             self.disk.edit(unit, before)
         else:
-            self.put(unit)
+            for _ in self.put_each([unit]):
+                pass
 
 
 def _path(unit: Unit) -> str:

@@ -7,8 +7,10 @@ one is on the bus. The ring has the same size whatever the units have.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -133,29 +135,59 @@ class PackedTier:
 
         This is done on the device, or on the host if the device has no room for them now.
         """
+        (packed,) = self.pack_each([weights])
+        return packed
+
+    def pack_each(self, several: Sequence[Weights]) -> Iterator[PackedMemory | None]:
+        """The same for several, one after the other; while one is packed, memory for the one before is made ready."""
+        with ThreadPoolExecutor(1) as pool:
+            before: Callable[[], PackedMemory | None] | None = None
+            for weights in several:
+                packed = self._pack(weights)
+                keep = partial(self._keep, packed, weights.nbytes, self._begin(pool, packed, weights.nbytes))
+                if before is not None:
+                    yield before()
+                before = keep
+            if before is not None:
+                yield before()
+
+    def _pack(self, weights: Weights) -> Packed:
         try:
             self._streams.load.wait_stream(self._streams.current())
             with self._on(self._streams.load):
-                packed = self._pack_in(weights, self._allocate(weights.nbytes))
-                return self._keep(packed, weights.nbytes)
+                return self._pack_in(weights, self._allocate(weights.nbytes))
         except RuntimeError as error:
             if not (self._streams.asynchronous and is_out_of_memory(error)):
                 raise
-        return self._keep(self._pack_in(weights, map_memory(weights.nbytes)[1]), weights.nbytes)
+        return self._pack_in(weights, map_memory(weights.nbytes)[1])
 
     def _pack_in(self, weights: Weights, buffer: torch.Tensor) -> Packed:
-        slab.gather(weights.layout, weights.tensors, buffer)
+        regions = weights.layout.regions
+        for region, source in zip(regions, slab.sources(weights.layout, weights.tensors), strict=True):
+            target = buffer[region.offset : region.offset + region.nbytes]
+            if source.device.type == "cpu" and self._streams.asynchronous:
+                self._pinned.load(HostMemory(source, False), target)  # faster than the driver's own staging
+            else:
+                target.copy_(source)
         return pack(buffer, weights.layout, SLOT_BYTES, SMALLEST)
 
-    def _keep(self, packed: Packed, nbytes: int) -> PackedMemory | None:
+    def _begin(
+        self, pool: ThreadPoolExecutor, packed: Packed, nbytes: int
+    ) -> Callable[[], HostMemory] | None:
         size = packed.bytes.numel()
-        if size > nbytes * _WORTH:
+        return self._pinned.begin(pool, size) if size <= nbytes * _WORTH else None
+
+    def _keep(
+        self, packed: Packed, nbytes: int, memory: Callable[[], HostMemory] | None
+    ) -> PackedMemory | None:
+        if memory is None:
             return None
-        memory = self._pinned.allocate(size)
-        memory.bytes.copy_(packed.bytes)
+        host, size = memory(), packed.bytes.numel()
+        with self._on(self._streams.load):
+            host.bytes.copy_(packed.bytes)
         ranges = batches(packed.pieces, SLOT_BYTES)
         self._slot_bytes = max(self._slot_bytes, min(SLOT_BYTES, size))
-        return PackedMemory(memory.bytes, memory.pinned, packed.pieces, stand_in(nbytes), tuple(ranges))
+        return PackedMemory(host.bytes, host.pinned, packed.pieces, stand_in(nbytes), tuple(ranges))
 
     def load(self, source: PackedMemory, destination: torch.Tensor) -> Any:
         """Queue the copy of a unit and its unpacking; returns the stream on which it ends.

@@ -44,6 +44,7 @@ def main() -> None:
         help="with commas between, or all; none: only put together what is there",
     )
     parser.add_argument("--rows", help="only these of the parts' rows, with commas between")
+    parser.add_argument("--no-plots", action="store_true", help="tables alone")
     add_options(parser)
     parser.add_argument("--out", default=str(HERE / "results" / "side-by-side"), help="how all files begin")
     arguments = parser.parse_args()
@@ -53,19 +54,19 @@ def main() -> None:
             rows = [row for row in PARTS[part] if not arguments.rows or row in arguments.rows.split(",")]
             command = shlex.join(["python", "benchmarks/side_by_side.py", *sys.argv[1:]])
             measure_rows(cases, rows, arguments, Path(f"{arguments.out}-{model}-{part}"), command)
-            combine(arguments.out, model)
+            combine(arguments.out, model, not arguments.no_plots)
         if not arguments.parts:
-            combine(arguments.out, model)
+            combine(arguments.out, model, not arguments.no_plots)
         print(Path(f"{arguments.out}-{model}.md").read_text())
 
 
-def combine(out: str, model: str) -> None:
+def combine(out: str, model: str, plotted: bool = True) -> None:
     """One table and its plots from the parts that there are."""
     files = [Path(f"{out}-{model}-{part}.json") for part in PARTS]
     results = together([json.loads(file.read_text()) for file in files if file.exists()])
     write(results, Path(f"{out}-{model}"))
-    if find_spec("matplotlib") is None:
-        print("no plots: matplotlib is not there", file=sys.stderr)
+    if not plotted or find_spec("matplotlib") is None:
+        print("no plots" + ("" if not plotted else ": matplotlib is not there"), file=sys.stderr)
         return
     import plots
 

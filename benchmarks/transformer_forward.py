@@ -64,11 +64,8 @@ def measure_rows(
         for row in rows:
             print(f"[{perf_counter() - begin:5.0f} s] {row}: {', '.join(cases)}", file=sys.stderr, flush=True)
             if ROWS[row].needs_streams and torch.device(arguments.device).type == "cpu":
-                result = {
-                    "row": row,
-                    "settings": ROWS[row].settings,
-                    "error": "skipped: needs device streams",
-                }
+                result = {"row": row, "settings": ROWS[row].settings, "cases": {}}
+                result["error"] = "skipped: needs device streams"
             else:
                 result = _in_its_own_process(row, cases, arguments)
             results["rows"].append(result | {"wanted": cases})

@@ -99,7 +99,7 @@ def memory_and_time(results: dict[str, Any], case: str, out: Path) -> Figure | N
         frameon=False,
         handletextpad=0.2,
     )
-    _label(axes, [(x, y, label_of(row), kind_of(row).colour) for row, x, y in points])
+    _label(axes, [(x, y, label_of(row), kind_of(row).colour) for row, x, y in points], resident)
     _save(figure, out)
     return figure
 
@@ -171,8 +171,12 @@ def _log_axis(axis: Any, values: list[float], limit: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _label(axes: Axes, points: list[tuple[float, float, str, str]]) -> None:
-    """A label beside each point, where it covers no other: near if it can be, else with a line to it."""
+def _label(axes: Axes, points: list[tuple[float, float, str, str]], line: float | None) -> None:
+    """A label beside each point, where it covers no other: near if it can be, else with a line to it.
+
+    Args:
+        line: the height at which a line crosses the plot, which is to be left free as well.
+    """
     figure = axes.figure
     figure.draw_without_rendering()
     renderer = (
@@ -181,14 +185,19 @@ def _label(axes: Axes, points: list[tuple[float, float, str, str]]) -> None:
     frame = axes.get_window_extent(renderer)
     pixels = [axes.transData.transform((x, y)) for x, y, *_ in points]
     taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
+    if line is not None:
+        height = axes.transData.transform((points[0][0], line))[1]
+        free = [Bbox.from_extents(frame.x0, height - 2, frame.x1, height + 2)]
+    else:
+        free = []
     near = [(8, 0, "left"), (-8, 0, "right"), (0, 11, "center"), (0, -11, "center")]
     far = [
         (dx, dy, "left" if dx > 0 else "right") for dy in (14, -14, 26, -26, 40, -40, 54) for dx in (14, -14)
     ]
     for index, (x, y, text, colour) in enumerate(points):
-        places = [*(near if text != "resident" else near[2:]), *far]  # on its own line it would not be read
+        places = [*near, *far]
         for number, (dx, dy, side) in enumerate(places):
-            line = (dx, dy, side) in far
+            tied = number >= len(near)
             note = axes.annotate(
                 text,
                 (x, y),
@@ -199,11 +208,11 @@ def _label(axes: Axes, points: list[tuple[float, float, str, str]]) -> None:
                 fontsize=8.5,
                 color=INK,
                 arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkB": 4}
-                if line
+                if tied
                 else None,
             )
             box = _text_box(note, renderer)
-            others = [*taken[:index], *taken[index + 1 :]]
+            others = [*free, *taken[:index], *taken[index + 1 :]]
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             last = number == len(places) - 1
             if last or (inside and not any(box.overlaps(other) for other in others)):

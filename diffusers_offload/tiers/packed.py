@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import slab
+from ..component import State
 from ..packing import Packed, Piece, batches, pack, packer, prepare, unpack
 from ..recovery import is_out_of_memory
 from ..report import Counters
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 SLOT_BYTES = 24 * 2**20  # of a batch at most: large enough for the bus, small enough to begin unpacking early
 SMALLEST = packer.SMALLEST  # bytes of a tensor that is coded
 SLOTS = 3  # one on the bus, one that is unpacked, one between them
+_REMEDY = (
+    "Repeat it within `with pipe.block_offload.suspended():` (fuse_lora and fuse_qkv_projections, too), or give this "
+    "component tier='pinned'"
+)
 _WORTH = 0.95  # of the bytes: a unit that does not shrink to this stays as it is
 
 
@@ -71,6 +76,21 @@ class PackedMemory(HostMemory):
         start = self.blank.data_ptr()
         stop = start + self.blank.numel()
         return any(nbytes for at, nbytes in private.items() if start <= at < stop)
+
+
+def _lost_edit(unit: Unit, private: Mapping[int, int]) -> bool:
+    """Whether what stands in for weights of the unit was written to, or read to replace some."""
+    weights, host = unit.weights, unit.weights.host
+    if host.was_written_to(private) or any(map(host.is_blank, weights.edited())):
+        return True
+    return any(_holds_nan(tensor) for tensor in weights.replaced() if not host.is_blank(tensor))
+
+
+def _holds_nan(tensor: torch.Tensor) -> bool:
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    values = tensor.detach()
+    return bool((values.float() if values.element_size() == 1 else values).isnan().any())
 
 
 def _holding(plain: Sequence[Piece], layout: Layout, place: Placement) -> Piece | None:
@@ -206,29 +226,37 @@ class PackedTier:
             unpack(piece, source.bytes[piece.source :], data)
         return data
 
-    def refuse_edits(self, unit: Unit) -> None:
-        """Raise RuntimeError if what stands in for packed weights was written to: that is lost."""
-        host, edited = unit.weights.host, unit.weights.edited()
-        if isinstance(host, PackedMemory) and any(host.is_blank(tensor) for tensor in edited):
-            unit.weights.note_edits()
-            self._refuse(unit, host)
+    def refuse_edits(self, units: Iterable[Unit], silent: bool = True) -> None:
+        """Raise RuntimeError if what stands in for packed weights was written to, or new weights computed from it.
 
-    def refuse_silent_edits(self, units: Iterable[Unit]) -> None:
-        """The same for writes that no tensor counted (`weight.data.add_()`)."""
-        private = private_bytes()
-        for unit in units:
-            host = unit.weights.host
-            if isinstance(host, PackedMemory) and host.was_written_to(private):
-                self._refuse(unit, host)
+        That is lost: all of these units have their true weights again. To be called before anything else is done
+        with the true weights, or nobody would hear of it.
 
-    def _refuse(self, unit: Unit, host: PackedMemory) -> NoReturn:
-        unit.weights.stay_on_host(replace(host, blank=stand_in(unit.nbytes)))
-        name = unit.component.name
+        Args:
+            silent: find writes that no tensor counted (`weight.data.add_()`), too. Takes milliseconds.
+        """
+        packed = [unit for unit in units if isinstance(unit.weights.host, PackedMemory)]
+        private = private_bytes() if silent and packed else {}
+        lost = [unit for unit in packed if unit.state is not State.IN_USE and _lost_edit(unit, private)]
+        if not lost:
+            return
+        for unit in lost:
+            unit.weights.stay_on_host(replace(unit.weights.host, blank=stand_in(unit.nbytes)))
+        name = lost[0].component.name
+        more = f" and of {len(lost) - 1} more units" if len(lost) > 1 else ""
         raise RuntimeError(
-            f"the weights of {name}.{unit.name} were written to while they were packed, when NaN stands in for them "
-            "on the host: the edit is lost, the true weights are as they were. Repeat it within `with "
-            "pipe.block_offload.suspended():` (fuse_lora, too), or give this component tier='pinned'"
+            f"the weights of {name}.{lost[0].name}{more} were edited while they were packed, when NaN stands in for "
+            f"them on the host: the edit is lost, the true weights are as they were. {_REMEDY}"
         )
+
+    def refuse_copies(self, names: Mapping[str, torch.Tensor]) -> None:
+        """Raise RuntimeError if one of these new weights, by name, was computed from what stands in."""
+        for name, tensor in names.items():
+            if _holds_nan(tensor):
+                raise RuntimeError(
+                    f"{name} is new and holds NaN, which stands in on the host for weights that are packed: it was "
+                    f"computed from these. {_REMEDY}"
+                )
 
     def close(self) -> None:
         """Nothing is packed any longer, or under way: the ring goes."""

@@ -105,6 +105,28 @@ def test_what_does_not_shrink_stays_as_it_is(device):
     handle.disable()
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz], ids=str)
+def test_formats_whose_nan_is_another_stay_as_they_are(dtype):
+    net = odd_nets.Net(*(odd_nets.Plain() for _ in range(4))).eval().requires_grad_(False)
+    for block in net.blocks:
+        block.register_buffer("codes", torch.randn(400, 400).to(dtype))
+    expected = net.blocks[1].codes.float()
+    handle = diffusers_offload.enable_block_offload(net, device="cpu", offload_ratio=1.0, tier="packed")
+    assert torch.equal(net.blocks[1].codes.float(), expected)
+    handle.disable()
+
+
+def test_what_is_kept_as_it_is_may_be_read_whatever_its_size():
+    net = odd_nets.Net(*(odd_nets.Plain() for _ in range(4))).eval().requires_grad_(False)
+    for block in net.blocks:
+        block.register_buffer("numbers", torch.arange(40_000))  # more than a slot
+        block.register_buffer("coded", torch.randn(400, 1000))
+    handle = diffusers_offload.enable_block_offload(net, device="cpu", offload_ratio=1.0, tier="packed")
+    assert net.blocks[1].coded.isnan().all()
+    assert torch.equal(net.blocks[1].numbers, torch.arange(40_000))
+    handle.disable()
+
+
 # --- what tensors look at meanwhile ----------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ _REMEDY = (
     "Repeat it within `with pipe.block_offload.suspended():` (fuse_lora and fuse_qkv_projections, too), or give this "
     "component tier='pinned'"
 )
+_OTHER_NAN = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)  # what stands in would be a number to these
 _WORTH = 0.95  # of the bytes: a unit that does not shrink to this stays as it is
 
 
@@ -54,7 +55,7 @@ class PackedMemory(HostMemory):
 
     def views(self, layout: Layout) -> list[torch.Tensor]:
         """What the unit's tensors look at: NaN, but true values where the packed bytes hold them as they are."""
-        plain = [piece for piece in self.pieces if piece.format is None]
+        plain = _joined(piece for piece in self.pieces if piece.format is None)
         found = slab.views(layout, self.blank)
         for index, place in enumerate(layout.placements):
             piece = _holding(plain, layout, place)
@@ -91,6 +92,18 @@ def _holds_nan(tensor: torch.Tensor) -> bool:
         return False
     values = tensor.detach()
     return bool((values.float() if values.element_size() == 1 else values).isnan().any())
+
+
+def _joined(plain: Iterable[Piece]) -> list[Piece]:
+    """Pieces that lie one behind the other, in the slab and among the packed bytes, as one."""
+    joined: list[Piece] = []
+    for piece in plain:
+        last = joined[-1] if joined else None
+        if last is not None and (last.stop, last.source + last.nbytes) == (piece.start, piece.source):
+            joined[-1] = replace(last, stop=piece.stop)
+        else:
+            joined.append(piece)
+    return joined
 
 
 def _holding(plain: Sequence[Piece], layout: Layout, place: Placement) -> Piece | None:
@@ -153,6 +166,8 @@ class PackedTier:
 
         This is done on the device, or on the host if the device has no room for them now.
         """
+        if any(tensor.dtype in _OTHER_NAN for tensor in weights.tensors):
+            return None
         try:
             self._streams.load.wait_stream(self._streams.current())
             with self._on(self._streams.load):
@@ -215,8 +230,10 @@ class PackedTier:
             try:
                 with self._on(self._streams.load):
                     buffer = self._allocate(nbytes)
-                    behind = self.load(source, buffer)
-                    self._streams.load.wait_stream(behind)
+                    try:
+                        self.load(source, buffer)
+                    finally:  # however far it came: the buffer goes
+                        self._streams.load.wait_stream(self._streams.unpack)
                     data.copy_(buffer)
                 return data
             except RuntimeError as error:

@@ -76,7 +76,7 @@ class Engine:
             withdraw=self._withdraw,
             forget=self._forget,
         )
-        self.keeping = Keeping(budget, streams, self.roster, self.homes, self.disk, self.loads)
+        self.keeping = Keeping(budget, streams, self.roster, self.homes, self.disk, self.packed, self.loads)
         self._using: list[Unit] = []  # whose forwards are under way, innermost last
         self._random: Any = None  # the generators' state when the outermost forward began
         self.suspended: set[torch.nn.Module] = set()  # components that are being edited, and must not run
@@ -321,9 +321,8 @@ class Engine:
 
         Those replaced (`weight.data = ...`) get new host memory; those loaded ahead are loaded again.
         """
+        self.packed.refuse_edits((unit for unit in units if unit.component.packs), silent=False)
         for unit in units:
-            if unit.component.packs and unit.state is not State.IN_USE:
-                self.packed.refuse_edits(unit)
             waits, offloaded = unit.state in WAITING, unit.state is State.OFFLOADED
             edited = (waits or (offloaded and unit.component.on_disk)) and unit.weights.note_edits()
             if waits and edited:
@@ -334,9 +333,7 @@ class Engine:
                 self._transfers.take_over(unit)
 
     def notice_silent_edits(self, component: Component) -> None:
-        """Before a call: what was done to weights without a trace (`weight.data.add_()`) counts, or is refused."""
-        if component.packs:
-            self.packed.refuse_silent_edits(component.streamed)
+        """Before a call: what was done to weights without a trace (`weight.data.add_()`) counts."""
         if not component.on_disk:
             return
         for unit in self.disk.silently_edited(component.streamed):

@@ -22,6 +22,15 @@ from .units import own_tensors, tensors_of
 if TYPE_CHECKING:
     from .handle import OffloadHandle
 
+# Methods of models (Diffusers', torch's) that work on the weights themselves.
+_EDITORS = (
+    "fuse_lora",
+    "unfuse_lora",
+    "load_lora_adapter",
+    "fuse_qkv_projections",
+    "unfuse_qkv_projections",
+    "load_state_dict",
+)
 _SMALL = 64 * 2**20  # bytes of a component that `.to(device)` brings at once
 
 
@@ -57,6 +66,8 @@ class Held:
             if id(part) not in taken:
                 self._add(part, hooks.StemHook(self.engine, self.component))
         self._shadowed = {"to": self._guarded_to()}
+        if self.component.packs:
+            self._shadowed |= self._suspending_editors()
         for name in hooks.entries(self.module):
             self._shadowed[name] = self._hooks[0][1].entry(self.module, getattr(self.module, name))
         self.module.__dict__.update(self._shadowed)
@@ -75,12 +86,16 @@ class Held:
             hook.retired = True
             hooks.detach(module, hook)
 
-    def check(self) -> None:
+    def check(self, edited: bool = False) -> None:
         """See what others did to the component since the last call; raise if it cannot go on.
 
         It is taken apart anew if it holds other tensors than before (adapters, fused projections) or tensors of
         other shapes, or if it was seen to use weights in other places than their unit's forward.
+
+        Args:
+            edited: while it was suspended, so that its true weights were to be read.
         """
+        self.engine.packed.refuse_edits(self.component.streamed)
         # What others own was watched, too, while this one ran it.
         for owner in [
             each for each in self.component.needs if each.strays and each in self.engine.components
@@ -93,6 +108,8 @@ class Held:
                 hook.detach_hook(module)
         same = {id(tensor) for tensor in tensors_of(self.module)} == self._tensors
         same = same and all(unit.weights.keeps_layout() for unit in self.component.units)
+        if not same and not edited:
+            self._refuse_copies()
         if not same or not set(self.component.needs) <= set(self.engine.components):
             logger.info("%s holds other weights than before: taking it apart anew", self.component.name)
             self.renew()
@@ -108,6 +125,16 @@ class Held:
             self._pack()
         self.component.checked = True
 
+    def _refuse_copies(self) -> None:
+        """Raise RuntimeError if it holds new weights that were computed from what stands in for packed ones."""
+        if any(component.packs for component in self.engine.components):
+            owned = owners_in(self.engine.components)
+            named = (*self.module.named_parameters(), *self.module.named_buffers())
+            new = {
+                f"{self.component.name}.{path}": tensor for path, tensor in named if id(tensor) not in owned
+            }
+            self.engine.packed.refuse_copies(new)
+
     def _gains_by_packing(self) -> bool:
         """Whether it waited for the bus, and less may be sent over it."""
         budget, device = self.engine.budget, self.engine.device
@@ -119,7 +146,13 @@ class Held:
         self.target = self.target.packed()
         if self._states is None:
             self._states = TrueStates(self.engine, self.component)
-        self.engine.roster.pack(self.component)
+            editors = self._suspending_editors()
+            self._shadowed |= editors
+            self.module.__dict__.update(editors)
+        try:
+            self.engine.roster.pack(self.component)
+        except (RuntimeError, MemoryError) as error:  # it would be faster, but goes on as it is
+            logger.warning("%s: not all of it could be packed: %s", self.component.name, error)
         for handle in self.owners:
             handle.remember(self)
 
@@ -141,7 +174,7 @@ class Held:
                 engine.suspended.discard(self.module)
                 if self.component in engine.components:  # not given back meanwhile
                     self.component.checked = False
-                    self.check()
+                    self.check(edited=True)
 
     def fit(self, shapes: tuple) -> None:
         """Before a forward with inputs of these shapes: take smaller units if the budget is too small for these."""
@@ -286,6 +319,20 @@ class Held:
     def _add(self, module: nn.Module, hook: hooks.EngineHook) -> None:
         hooks.attach(module, hook)
         self._hooks.append((module, hook))
+
+    def _suspending_editors(self) -> dict[str, Any]:
+        """Methods of the module that read or write weights, by name: they find the true ones."""
+
+        def suspending(editor: Any) -> Any:
+            @wraps(editor)
+            def edit(*args: Any, **kwargs: Any) -> Any:
+                with self.suspended():
+                    return editor(*args, **kwargs)
+
+            return edit
+
+        methods = {name: getattr(self.module, name, None) for name in _EDITORS}
+        return {name: suspending(method) for name, method in methods.items() if callable(method)}
 
     def _guarded_to(self) -> Any:
         """`module.to` that keeps the device ours and lets dtype and memory format through."""

@@ -15,6 +15,7 @@ from .streams import Streams
 
 if TYPE_CHECKING:
     from .tiers.disk import DiskTier
+    from .tiers.packed import PackedTier
 
 
 class Keeping:
@@ -22,7 +23,7 @@ class Keeping:
 
     Args:
         budget: decides; None where nobody has set a bound.
-        disk: where weights are kept on disk, if any may be.
+        disk: where weights are kept on disk, if any may be; `packed` unpacks them.
         loads: frees a unit's bytes, and queues what can be loaded next.
     """
 
@@ -33,6 +34,7 @@ class Keeping:
         roster: Roster,
         homes: Homes,
         disk: DiskTier | None,
+        packed: PackedTier,
         loads: Loads,
     ) -> None:
         self.budget = budget
@@ -40,6 +42,7 @@ class Keeping:
         self._roster = roster
         self._homes = homes
         self._disk = disk
+        self._packed = packed
         self._read = (0, 0.0)  # bytes and seconds when the forward under way began
         self._loads = loads
 
@@ -111,12 +114,13 @@ class Keeping:
         stems = sum(c.stem_bytes for c in components if c.present)
         own_buffers = sum(unit.nbytes for unit in self._homes.units if unit.borrows)
         residents = sum(c.resident_bytes for c in components)
-        return stems + own_buffers + residents + self._homes.arena.capacity
+        return stems + own_buffers + residents + self._homes.arena.capacity + self._packed.staging_bytes
 
     def standing_bytes(self, component: Component) -> int:
         """Weights on the device while `component` runs, but for what it keeps by way of the budget."""
         residents = sum(c.resident_bytes for c in self._roster.components)
-        return residents + self._homes.arena.capacity + component.stem_bytes
+        staging = self._packed.staging_bytes
+        return residents + self._homes.arena.capacity + staging + component.stem_bytes
 
     def _reading(self, component: Component) -> Reading:
         """What the disk is read for, at the rate that it had in this forward."""

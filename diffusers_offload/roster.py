@@ -67,6 +67,7 @@ class Roster:
         """Put `after` in the place of `before`, the same module taken apart anew; units in both stay put."""
         self._withdraw(before)
         self.streams.synchronize(f"copies of {before.name}, whose memory is about to go")
+        self._transfers.packed.refuse_edits(before.streamed)
         staying = set(after.units)
         origin = {}
         home = next((unit.weights.origin[0] for unit in before.units), None)  # also of what has come since
@@ -138,6 +139,7 @@ class Roster:
             return
         self._withdraw(component)
         self.streams.synchronize(f"copies of {component.name}, whose memory is about to go")
+        self._transfers.packed.refuse_edits(component.streamed)
         try:
             for unit in component.units:
                 self._transfers.reveal(unit)
@@ -165,15 +167,19 @@ class Roster:
         self._withdraw(component)
         self.streams.synchronize(f"copies of {component.name}, whose memory is about to go")
         component.tier = "packed"
-        fresh = [
-            renewed(unit.weights) for unit in component.streamed
-        ]  # laid out for where the tensors look now
-        with closing(self._transfers.packed.pack_each(fresh)) as all_packed:
-            for unit, weights, packed in zip(component.streamed, fresh, all_packed, strict=True):
-                if packed is not None:
-                    weights.move_to_host(packed, filled=True)
-                    unit.weights = weights
-        self._forget(component)  # what was measured was measured with more to copy
+        # Laid out for where the tensors look now.
+        fresh = [renewed(unit.weights) for unit in component.streamed]
+        try:
+            with closing(self._transfers.packed.pack_each(fresh)) as all_packed:
+                for unit, weights, packed in zip(component.streamed, fresh, all_packed, strict=True):
+                    if packed is not None:
+                        unit.weights = (
+                            weights  # first: an interrupt in between finds tensors to be taken over
+                        )
+                        weights.move_to_host(packed, filled=True)
+        finally:
+            self._forget(component)  # what was measured was measured with more to copy
+            self.homes.fit()
 
     def stream_again(self, unit: Unit) -> None:
         """Undo `make_resident`."""
@@ -194,6 +200,7 @@ class Roster:
         if component not in self.components or unit not in component.streamed:
             return
         self._clear([unit])
+        self._transfers.packed.refuse_edits([unit])
         self._transfers.reveal(unit)
         unit.weights = renewed(unit.weights)
         self._transfers.settle(unit)
@@ -206,6 +213,7 @@ class Roster:
         """True weights on the host within; whatever was changed is taken over afterwards."""
         with self.lock:
             self._withdraw(component)
+            self._transfers.packed.refuse_edits(component.streamed)
             for unit in component.streamed:
                 self._transfers.reveal(unit)
             try:

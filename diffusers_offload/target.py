@@ -13,6 +13,7 @@ from .component import Component, Unit
 from .packing import expected_nbytes
 from .planner import ComponentPlan, Plan, UnitSize
 from .policy import STREAMING, OffloadPolicy
+from .tiers.packed import ring_bytes
 from .units import Anatomy, Findings, Part, at_hand, chunks, dissect, silent_writers, tensors_of
 from .weights import Weights
 
@@ -179,7 +180,11 @@ def _by_contents(component: Component) -> dict[tuple, Unit]:
 
 def make_plan(targets: Sequence[Target], device: torch.device) -> Plan:
     """What `targets` come to: sizes in bytes, one arena for all."""
-    return Plan(str(device), tuple(map(_component_plan, targets)))
+    components = tuple(map(_component_plan, targets))
+    packed = [
+        unit.host_bytes for each in components if each.policy.tier == "packed" for unit in each.streamed
+    ]
+    return Plan(str(device), components, ring_bytes(packed) if device.type != "cpu" else 0)
 
 
 def _component_plan(target: Target) -> ComponentPlan:

@@ -125,7 +125,7 @@ class Transfers:
         """The host holds the unit's weights as they are: before they go elsewhere, or somebody edits them."""
         host = unit.weights.host
         if isinstance(host, PackedMemory):
-            unit.weights.reveal(self.packed.raw(host, unit.nbytes))
+            unit.weights.reveal(HostMemory(self.packed.raw(host, unit.nbytes), False), host.blank)
 
     def write_back(self, unit: Unit, changed: Sequence[int], behind: Any) -> None:
         """Copy tensors that the unit wrote to (a buffer, say) to the host, where readers look for them.
@@ -137,8 +137,10 @@ class Transfers:
         """
         host = unit.weights.host
         if isinstance(host, PackedMemory) and any(host.is_blank(unit.weights.tensors[i]) for i in changed):
-            self.reveal(unit)  # for good: what is written to again and again is not worth packing
-            unit.weights.move_to_host(self.tier.allocate(unit.nbytes))
+            # For good: what is written to again and again is not worth packing.
+            memory = self.tier.allocate(unit.nbytes)
+            memory.bytes.copy_(self.packed.raw(host, unit.nbytes))
+            unit.weights.reveal(memory, host.blank)
         streams = self._streams
         streams.evict.wait_stream(behind)
         before = streams.switch(streams.evict)

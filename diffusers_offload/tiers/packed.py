@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import slab
+from ..component import State
 from ..packing import Packed, Piece, batches, pack, packer, prepare, unpack
 from ..recovery import is_out_of_memory
 from ..report import Counters
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
 SLOT_BYTES = 24 * 2**20  # of a batch at most: large enough for the bus, small enough to begin unpacking early
 SMALLEST = packer.SMALLEST  # bytes of a tensor that is coded
 SLOTS = 3  # one on the bus, one that is unpacked, one between them
+_REMEDY = (
+    "Repeat it within `with pipe.block_offload.suspended():` (fuse_lora and fuse_qkv_projections, too), or give this "
+    "component tier='pinned'"
+)
+_OTHER_NAN = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)  # what stands in would be a number to these
 _WORTH = 0.95  # of the bytes: a unit that does not shrink to this stays as it is
 
 
@@ -51,7 +57,7 @@ class PackedMemory(HostMemory):
 
     def views(self, layout: Layout) -> list[torch.Tensor]:
         """What the unit's tensors look at: NaN, but true values where the packed bytes hold them as they are."""
-        plain = [piece for piece in self.pieces if piece.format is None]
+        plain = _joined(piece for piece in self.pieces if piece.format is None)
         found = slab.views(layout, self.blank)
         for index, place in enumerate(layout.placements):
             piece = _holding(plain, layout, place)
@@ -73,6 +79,38 @@ class PackedMemory(HostMemory):
         start = self.blank.data_ptr()
         stop = start + self.blank.numel()
         return any(nbytes for at, nbytes in private.items() if start <= at < stop)
+
+
+def ring_bytes(units: Iterable[int]) -> int:
+    """Bytes of the ring on the device, for packed units of so many bytes."""
+    return SLOTS * min(SLOT_BYTES, max(units, default=0))
+
+
+def _lost_edit(unit: Unit, private: Mapping[int, int]) -> bool:
+    """Whether what stands in for weights of the unit was written to, or read to replace some."""
+    weights, host = unit.weights, unit.weights.host
+    if host.was_written_to(private) or any(map(host.is_blank, weights.edited())):
+        return True
+    return any(_holds_nan(tensor) for tensor in weights.replaced() if not host.is_blank(tensor))
+
+
+def _holds_nan(tensor: torch.Tensor) -> bool:
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    values = tensor.detach()
+    return bool((values.float() if values.element_size() == 1 else values).isnan().any())
+
+
+def _joined(plain: Iterable[Piece]) -> list[Piece]:
+    """Pieces that lie one behind the other, in the slab and among the packed bytes, as one."""
+    joined: list[Piece] = []
+    for piece in plain:
+        last = joined[-1] if joined else None
+        if last is not None and (last.stop, last.source + last.nbytes) == (piece.start, piece.source):
+            joined[-1] = replace(last, stop=piece.stop)
+        else:
+            joined.append(piece)
+    return joined
 
 
 def _holding(plain: Sequence[Piece], layout: Layout, place: Placement) -> Piece | None:
@@ -151,7 +189,9 @@ class PackedTier:
             if before is not None:
                 yield before()
 
-    def _pack(self, weights: Weights) -> Packed:
+    def _pack(self, weights: Weights) -> Packed | None:
+        if any(tensor.dtype in _OTHER_NAN for tensor in weights.tensors):
+            return None
         try:
             self._streams.load.wait_stream(self._streams.current())
             with self._on(self._streams.load):
@@ -172,13 +212,15 @@ class PackedTier:
         return pack(buffer, weights.layout, SLOT_BYTES, SMALLEST)
 
     def _begin(
-        self, pool: ThreadPoolExecutor, packed: Packed, nbytes: int
+        self, pool: ThreadPoolExecutor, packed: Packed | None, nbytes: int
     ) -> Callable[[], HostMemory] | None:
+        if packed is None:
+            return None
         size = packed.bytes.numel()
         return self._pinned.begin(pool, size) if size <= nbytes * _WORTH else None
 
     def _keep(
-        self, packed: Packed, nbytes: int, memory: Callable[[], HostMemory] | None
+        self, packed: Packed | None, nbytes: int, memory: Callable[[], HostMemory] | None
     ) -> PackedMemory | None:
         if memory is None:
             return None
@@ -227,8 +269,10 @@ class PackedTier:
             try:
                 with self._on(self._streams.load):
                     buffer = self._allocate(nbytes)
-                    behind = self.load(source, buffer)
-                    self._streams.load.wait_stream(behind)
+                    try:
+                        self.load(source, buffer)
+                    finally:  # however far it came: the buffer goes
+                        self._streams.load.wait_stream(self._streams.unpack)
                     data.copy_(buffer)
                 return data
             except RuntimeError as error:
@@ -238,29 +282,38 @@ class PackedTier:
             unpack(piece, source.bytes[piece.source :], data)
         return data
 
-    def refuse_edits(self, unit: Unit) -> None:
-        """Raise RuntimeError if what stands in for packed weights was written to: that is lost."""
-        host, edited = unit.weights.host, unit.weights.edited()
-        if isinstance(host, PackedMemory) and any(host.is_blank(tensor) for tensor in edited):
-            unit.weights.note_edits()
-            self._refuse(unit, host)
+    def refuse_edits(self, units: Iterable[Unit], silent: bool = True) -> None:
+        """Raise RuntimeError if what stands in for packed weights was written to, or new weights computed from it.
 
-    def refuse_silent_edits(self, units: Iterable[Unit]) -> None:
-        """The same for writes that no tensor counted (`weight.data.add_()`)."""
-        private = private_bytes()
-        for unit in units:
-            host = unit.weights.host
-            if isinstance(host, PackedMemory) and host.was_written_to(private):
-                self._refuse(unit, host)
+        That is lost: all of these units have their true weights again. To be called before anything else is done
+        with the true weights, or nobody would hear of it.
 
-    def _refuse(self, unit: Unit, host: PackedMemory) -> NoReturn:
-        unit.weights.stay_on_host(replace(host, blank=stand_in(unit.nbytes)))
-        name = unit.component.name
+        Args:
+            silent: find writes that no tensor counted (`weight.data.add_()`), too. Takes milliseconds.
+        """
+        packed = [unit for unit in units if isinstance(unit.weights.host, PackedMemory)]
+        private = private_bytes() if silent and packed else {}
+        lost = [unit for unit in packed if unit.state is not State.IN_USE and _lost_edit(unit, private)]
+        if not lost:
+            return
+        for unit in lost:
+            unit.weights.stay_on_host(replace(unit.weights.host, blank=stand_in(unit.nbytes)))
+        name = lost[0].component.name
+        rest = len(lost) - 1
+        more = f" and of {rest} more unit{'s' if rest > 1 else ''}" if rest else ""
         raise RuntimeError(
-            f"the weights of {name}.{unit.name} were written to while they were packed, when NaN stands in for them "
-            "on the host: the edit is lost, the true weights are as they were. Repeat it within `with "
-            "pipe.block_offload.suspended():` (fuse_lora, too), or give this component tier='pinned'"
+            f"the weights of {name}.{lost[0].name}{more} were edited while they were packed, when NaN stands in for "
+            f"them on the host: the edit is lost, the true weights are as they were. {_REMEDY}"
         )
+
+    def refuse_copies(self, names: Mapping[str, torch.Tensor]) -> None:
+        """Raise RuntimeError if one of these new weights, by name, was computed from what stands in."""
+        for name, tensor in names.items():
+            if _holds_nan(tensor):
+                raise RuntimeError(
+                    f"{name} is new and holds NaN, which stands in on the host for weights that are packed: it was "
+                    f"computed from these. {_REMEDY}"
+                )
 
     def close(self) -> None:
         """Nothing is packed any longer, or under way: the ring goes."""

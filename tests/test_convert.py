@@ -212,11 +212,15 @@ def test_destinations_that_are_something_else(source, tmp_path):
 
 
 def test_killed_at_random_moments(source, tmp_path):
-    """A process converts on command and is killed; what is left is completed, or refused as it is."""
+    """A process converts on command and is killed; what is left is completed, or refused as it is.
+
+    KILLS=50 in the environment tries more of them.
+    """
+    kills = int(os.environ.get("KILLS", "20"))
     place, right = tmp_path / "converted", DiffusionPipeline.from_pretrained(source)
     seen = {"killed": 0, "refused": 0, "complete": 0}
     with subprocess.Popen(
-        [sys.executable, KILLED, source, place, "50"],
+        [sys.executable, KILLED, source, place, str(kills)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -238,7 +242,7 @@ def test_killed_at_random_moments(source, tmp_path):
             process.stdin.write("\n")
             process.stdin.flush()
     assert process.returncode == 0
-    assert seen["killed"] >= 25 and seen["refused"] >= 12, seen
+    assert seen["killed"] >= kills // 2 and seen["refused"] >= kills // 4, seen
     diffusers_offload.convert(source, place)
     assert_the_same(opened(place), right)
     assert not (place / "unfinished").exists()

@@ -62,7 +62,7 @@ def hung(clock):
     device = object.__new__(DeviceStreams)
     device.device = torch.device("cuda", 0)
     device.tellers = [Teller("transformer.blocks.3 (loading)", "transformer.blocks.2 (in_use)")]
-    device.compute, device.evict = Pending(clock, 0), Pending(clock, 0)
+    device.compute, device.evict, device.unpack = (Pending(clock, 0) for _ in range(3))
     device.load = Pending(clock, float("inf"))
     device._raw_stream = None
     device._module = SimpleNamespace(

@@ -36,7 +36,7 @@ def test_nothing_races(name, granularity, ratio):
     assert not checker.races, "\n".join(checker.races[:5])
 
 
-@pytest.mark.parametrize("granularity", ["block", "phase", "leaf"])
+@pytest.mark.parametrize("granularity", ["block", "leaf"])
 def test_packed_weights(granularity, monkeypatch):
     monkeypatch.setattr(packed, "SMALLEST", 0)
     monkeypatch.setattr(packed, "SLOT_BYTES", 64 * 1024)

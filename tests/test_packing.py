@@ -18,6 +18,7 @@ from diffusers_offload.packing import (
     batches,
     cutting,
     decoder,
+    expected_nbytes,
     from_json,
     pack,
     packed_nbytes,
@@ -98,6 +99,22 @@ def test_an_empty_unit_is_packed_to_nothing():
 def test_long_tensors_are_decoded_in_chunks(name, monkeypatch, device):
     monkeypatch.setattr(decoder, "_CHUNK", 2 * BLOCK)
     round_trip([weights(9 * BLOCK + 77, DTYPES[name])], device, slot=2**20)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_expected_is_enough_and_not_much_more(dtype):
+    """A bound on host memory goes by it."""
+    torch.manual_seed(0)
+    normal = torch.randn(1000, 1000)
+    kinds = (
+        normal,
+        torch.distributions.Laplace(0.0, 1.0).sample((1000, 1000)),
+        normal * torch.randn(1000, 1).mul(0.5).exp(),
+    )
+    for kind in kinds:
+        slab, layout = slab_of([(kind * 0.02).to(dtype)])
+        needed = len(pack(slab, layout, 2**24).bytes)
+        assert needed <= expected_nbytes([kind.to(dtype)]) <= 1.05 * needed
 
 
 def test_a_sample_may_miss_exponents():

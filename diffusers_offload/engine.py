@@ -28,6 +28,7 @@ from .report import Counters
 from .roster import Roster
 from .stems import Stems
 from .streams import Streams
+from .tiers.packedmemory import PackedMemory
 from .transfers import Transfers
 from .turns import Turns
 
@@ -391,7 +392,7 @@ class Engine:
         Those replaced (`weight.data = ...`) get new host memory; those loaded ahead are loaded again.
         """
         for unit in units:
-            if unit.component.packs and unit.state is not State.IN_USE:
+            if unit.state is not State.IN_USE:
                 self.packed.refuse_edits(unit)
             waits, offloaded = unit.state in WAITING, unit.state is State.OFFLOADED
             edited = (waits or (offloaded and unit.component.on_disk)) and unit.weights.note_edits()
@@ -404,8 +405,7 @@ class Engine:
 
     def notice_silent_edits(self, component: Component) -> None:
         """Before a call: what was done to weights without a trace (`weight.data.add_()`) counts, or is refused."""
-        if component.packs:
-            self.packed.refuse_silent_edits(component.streamed)
+        self.packed.refuse_silent_edits(component.streamed)
         if not component.on_disk:
             return
         for unit in self.disk.silently_edited(component.streamed):
@@ -418,7 +418,7 @@ class Engine:
         """The bytes of `unit` are free for whatever `load` does next."""
         if unit.used:
             self.streams.load.wait_event(unit.done)
-        elif unit.component.packs:  # it may still be unpacked, on another stream
+        elif isinstance(unit.weights.host, PackedMemory):  # it may still be unpacked, on another stream
             self.streams.load.wait_event(unit.ready)
         if unit.floats and unit.state is State.LOADING:
             self._afloat.remove(unit)

@@ -17,6 +17,7 @@ from .log import logger
 from .packing import unpacks_fast
 from .statedicts import TrueStates
 from .target import Target, build_component, owners_in
+from .tiers.packedmemory import PackedMemory
 from .units import own_tensors, tensors_of
 
 if TYPE_CHECKING:
@@ -61,7 +62,14 @@ class Held:
             self._shadowed[name] = self._hooks[0][1].entry(self.module, getattr(self.module, name))
         self.module.__dict__.update(self._shadowed)
         self._tensors = {id(tensor) for tensor in tensors_of(self.module)}
-        self._states = TrueStates(self.engine, self.component) if self.component.packs else None
+        self._states = TrueStates(self.engine, self.component) if self._may_be_packed() else None
+
+    def _may_be_packed(self) -> bool:
+        """Whether tensors look at what stands in for them, now or when they have been edited."""
+        component, disk = self.component, self.engine.disk
+        written = component.on_disk and disk.packs
+        hosts = (unit.weights.host for unit in component.streamed)
+        return component.packs or written or any(isinstance(host, PackedMemory) for host in hosts)
 
     def _detach_inside(self) -> None:
         if self._states is not None:

@@ -17,8 +17,9 @@ from .slab import ALIGNMENT
 from .stopwatch import Stopwatch
 from .streams import Streams
 from .tiers.disk import DiskTier
-from .tiers.mapped import DiskMemory
-from .tiers.packed import PackedMemory, PackedTier
+from .tiers.mapped import DiskMemory, unveil
+from .tiers.packed import PackedTier
+from .tiers.packedmemory import PackedMemory, RevealedMemory
 from .tiers.pinned import HostMemory, PinnedTier
 from .weights import Weights
 
@@ -45,7 +46,9 @@ class Transfers:
     ) -> None:
         self.tier = PinnedTier(streams)
         self.packed = PackedTier(streams, self.tier, counters, self.allocate)
-        self.disk = DiskTier(streams, storage, host_limit, self.tier) if storage is not None else None
+        self.disk = None
+        if storage is not None:
+            self.disk = DiskTier(streams, storage, host_limit, self.tier, self.packed)
         self._streams = streams
         self._counters = counters
         self.stopwatch: Stopwatch | None = None  # times what is loaded, while there is one
@@ -80,12 +83,17 @@ class Transfers:
             if counters.timing:
                 counters.depart(streams.load)
             began = self.stopwatch.departs(streams.load) if self.stopwatch is not None else None
-            behind = self._queue(source, buffer)
-            if on_disk:
+            try:
+                behind = self._queue(source, buffer)
+            finally:  # of what failed half way, too, copies may be under way
+                if on_disk:
+                    self.disk.loaded(host, streams.load)
+            if on_disk and unit.weights.written_bytes:
+                if behind is not streams.load:
+                    streams.load.wait_stream(behind)
+                    behind = streams.load
                 unit.weights.renew_written()
             unit.ready.record(behind)
-            if on_disk:
-                self.disk.loaded(host, unit.ready)
             counters.loaded(unit, source.bytes.numel(), behind)
             if began is not None:
                 self.stopwatch.copied(unit.nbytes, began, behind)
@@ -122,7 +130,13 @@ class Transfers:
         """The host holds the unit's weights as they are: before they go elsewhere, or somebody edits them."""
         host = unit.weights.host
         if isinstance(host, PackedMemory):
-            unit.weights.reveal(self.packed.raw(host, unit.nbytes))
+            veil = host if isinstance(host, DiskMemory) else None
+            unit.weights.reveal(RevealedMemory(self.packed.raw(host, unit.nbytes), False, veil))
+
+    def unveil(self, unit: Unit) -> None:
+        """Before a unit is taken in: its tensors may look at what stands in for them in a packed file."""
+        if unveil(unit.weights.tensors, self.packed.raw):
+            unit.weights = renewed(unit.weights)
 
     def write_back(self, unit: Unit, changed: Sequence[int], behind: Any) -> None:
         """Copy tensors that the unit wrote to (a buffer, say) to the host, where readers look for them.
@@ -135,7 +149,10 @@ class Transfers:
         host = unit.weights.host
         if isinstance(host, PackedMemory) and any(host.is_blank(unit.weights.tensors[i]) for i in changed):
             self.reveal(unit)  # for good: what is written to again and again is not worth packing
-            unit.weights.move_to_host(self.tier.allocate(unit.nbytes))
+            if unit.component.on_disk:
+                self.disk.edit(unit, host, packs=False)
+            else:
+                unit.weights.move_to_host(self.tier.allocate(unit.nbytes))
         streams = self._streams
         streams.evict.wait_stream(behind)
         before = streams.switch(streams.evict)
@@ -169,6 +186,8 @@ class Transfers:
         self._streams.synchronize(f"copies of {_path(unit)}, whose weights were replaced")
         self.reveal(unit)
         before, unit.weights = unit.weights.host, renewed(unit.weights)
+        if isinstance(before, RevealedMemory) and before.veil is not None:
+            before = before.veil
         if unit.component.on_disk:
             self.disk.edit(unit, before)
         else:

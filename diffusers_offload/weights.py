@@ -50,6 +50,11 @@ class Weights:
             set()
         )  # tensors that units wrote to: the host's bytes are newer than a file's
 
+    def lay_out_anew(self) -> None:
+        """Before they are moved: somebody has pointed the tensors elsewhere since they were taken in."""
+        self.layout = slab.lay_out(self.tensors)
+        self.nbytes = self.layout.nbytes
+
     def move_to_host(self, host: HostMemory, filled: bool = False) -> None:
         """Copy the tensors from where they are into `host` and let go of where they were.
 
@@ -69,10 +74,10 @@ class Weights:
         self._host_addresses = [tensor.data_ptr() for tensor in self.tensors]
         self._versions = self._count_writes()
 
-    def reveal(self, data: torch.Tensor) -> None:
-        """The host holds the slab as it is from now on, in `data`; tensors that somebody replaced stay replaced."""
+    def reveal(self, host: HostMemory) -> None:
+        """The host holds the slab as it is from now on, in `host`; tensors that somebody replaced stay replaced."""
         before = self._host_views
-        self.host = HostMemory(data, False)
+        self.host = host
         self._host_views = self.host.views(self.layout)
         for tensor, blind, view in zip(self.tensors, before, self._host_views, strict=True):
             if tensor.data_ptr() == blind.data_ptr():

@@ -6,10 +6,11 @@ one is on the bus. The ring has the same size whatever the units have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 
@@ -17,8 +18,11 @@ from .. import slab
 from ..packing import Packed, Piece, batches, pack, packer, prepare, unpack
 from ..recovery import is_out_of_memory
 from ..report import Counters
-from ..slab import Layout, Placement
+from ..slab import Layout
 from ..streams import Streams
+from .packedmemory import PackedMemory
+from .packings import Packing
+from .parts import Part, gather
 from .pinned import HostMemory, PinnedTier, map_memory
 from .standin import stand_in
 from .traces import private_bytes
@@ -27,61 +31,81 @@ if TYPE_CHECKING:
     from ..component import Unit
     from ..weights import Weights
 
+_T = TypeVar("_T")
+
 SLOT_BYTES = 24 * 2**20  # of a batch at most: large enough for the bus, small enough to begin unpacking early
 SMALLEST = packer.SMALLEST  # bytes of a tensor that is coded
 SLOTS = 3  # one on the bus, one that is unpacked, one between them
 _WORTH = 0.95  # of the bytes: a unit that does not shrink to this stays as it is
 
 
-@dataclass(frozen=True, eq=False)
-class PackedMemory(HostMemory):
-    """A unit's packed bytes.
+class Packer:
+    """Packs slabs where that is fast.
 
-    Attributes:
-        pieces: what of the slab lies where among the bytes.
-        blank: stands in for the slab.
-        batches: ranges of pieces that are copied at once.
+    Args:
+        on_device: whether that is the device; it is the host otherwise, or if the device has no room for it now.
     """
 
-    pieces: tuple[Piece, ...]
-    blank: torch.Tensor
-    batches: tuple[tuple[int, int], ...]
+    def __init__(self, streams: Streams, on_device: bool) -> None:
+        self._streams = streams
+        self._on_device = on_device and streams.asynchronous
 
-    def views(self, layout: Layout) -> list[torch.Tensor]:
-        """What the unit's tensors look at: NaN, but true values where the packed bytes hold them as they are."""
-        plain = [piece for piece in self.pieces if piece.format is None]
-        found = slab.views(layout, self.blank)
-        for index, place in enumerate(layout.placements):
-            piece = _holding(plain, layout, place)
-            if piece is not None:
-                there = replace(place, offset=place.offset - piece.start + piece.source)
-                (found[index],) = slab.views(Layout((there,), (), 0), self.bytes)
-        return found
-
-    def is_blank(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` looks at what stands in for its values."""
-        return tensor.untyped_storage().data_ptr() == self.blank.untyped_storage().data_ptr()
-
-    def was_written_to(self, private: Mapping[int, int]) -> bool:
-        """Whether somebody wrote to what stands in.
+    def pack(
+        self,
+        layout: Layout,
+        fill: Callable[[torch.Tensor], None],
+        keep: Callable[[Packed], _T],
+        data: torch.Tensor | None = None,
+    ) -> _T | None:
+        """What `keep` makes of the packed slab; None if it does not shrink, and so had better stay as it is.
 
         Args:
-            private: what `traces.private_bytes` said.
+            fill: copies the slab into a buffer.
+            data: where the host has it already.
         """
-        start = self.blank.data_ptr()
-        stop = start + self.blank.numel()
-        return any(nbytes for at, nbytes in private.items() if start <= at < stop)
+        streams = self._streams
+        if self._on_device:
+            try:
+                streams.load.wait_stream(streams.current())
+                with _on(streams, streams.load), torch.inference_mode(False):
+                    buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=streams.device)
+                    fill(buffer)
+                    return _pack(buffer, layout, keep)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+        if data is None:
+            data = map_memory(layout.nbytes)[1]
+            fill(data)
+        return _pack(data, layout, keep)
+
+    def pack_part(self, part: Part, digest: str) -> Part:
+        """The part with its slab packed, or as it is if that does not shrink.
+
+        Args:
+            digest: of its slab.
+        """
+
+        def keep(packed: Packed) -> Part:
+            data = packed.bytes
+            if data.device.type != "cpu":
+                data = map_memory(packed.bytes.numel())[1]
+                data.copy_(packed.bytes)
+            return replace(part, data=data, packing=Packing(packed.pieces, digest))
+
+        data = part.data if isinstance(part.data, torch.Tensor) else None
+        return self.pack(part.layout, partial(gather, part), keep, data) or part
 
 
-def _holding(plain: Sequence[Piece], layout: Layout, place: Placement) -> Piece | None:
-    """The piece that holds all of the region in which a tensor lies, at an address that suits any dtype."""
-    for region in layout.regions:
-        start, stop = region.offset, region.offset + region.nbytes
-        if start <= place.offset < stop:
-            for piece in plain:
-                if piece.start <= start and stop <= piece.stop and not (piece.source - piece.start) % 16:
-                    return piece
-    return None
+def _pack(buffer: torch.Tensor, layout: Layout, keep: Callable[[Packed], _T]) -> _T | None:
+    packed = pack(buffer, layout, SLOT_BYTES, SMALLEST)
+    return keep(packed) if 0 < packed.bytes.numel() <= layout.nbytes * _WORTH else None
+
+
+def unpack_all(pieces: Sequence[Piece], source: torch.Tensor, destination: torch.Tensor) -> None:
+    """Unpack a whole slab from its packed bytes, on the host."""
+    for piece in pieces:
+        unpack(piece, source[piece.source :], destination)
 
 
 class _Slot:
@@ -119,6 +143,7 @@ class PackedTier:
         self._pinned = pinned
         self._counters = counters
         self._allocate = allocate
+        self._packer = Packer(streams, True)
         self._slot_bytes = 0
         self._ring: list[_Slot] = []
         self._turn = 0
@@ -129,33 +154,24 @@ class PackedTier:
         return sum(slot.memory.numel() for slot in self._ring)
 
     def pack(self, weights: Weights) -> PackedMemory | None:
-        """Pack tensors from where they are; None if they do not shrink, and so had better stay as they are.
+        """Pack tensors from where they are; None if they do not shrink, and so had better stay as they are."""
 
-        This is done on the device, or on the host if the device has no room for them now.
-        """
-        try:
-            self._streams.load.wait_stream(self._streams.current())
-            with self._on(self._streams.load):
-                packed = self._pack_in(weights, self._allocate(weights.nbytes))
-                return self._keep(packed, weights.nbytes)
-        except RuntimeError as error:
-            if not (self._streams.asynchronous and is_out_of_memory(error)):
-                raise
-        return self._keep(self._pack_in(weights, map_memory(weights.nbytes)[1]), weights.nbytes)
+        def keep(packed: Packed) -> PackedMemory:
+            memory = self._pinned.allocate(packed.bytes.numel())
+            memory.bytes.copy_(packed.bytes)
+            ranges = tuple(batches(packed.pieces, SLOT_BYTES))
+            return PackedMemory(memory.bytes, memory.pinned, packed.pieces, stand_in(weights.nbytes), ranges)
 
-    def _pack_in(self, weights: Weights, buffer: torch.Tensor) -> Packed:
-        slab.gather(weights.layout, weights.tensors, buffer)
-        return pack(buffer, weights.layout, SLOT_BYTES, SMALLEST)
+        fill = partial(slab.gather, weights.layout, weights.tensors)
+        found = self._packer.pack(weights.layout, fill, keep)
+        if found is not None:
+            self.expect(found)
+        return found
 
-    def _keep(self, packed: Packed, nbytes: int) -> PackedMemory | None:
-        size = packed.bytes.numel()
-        if size > nbytes * _WORTH:
-            return None
-        memory = self._pinned.allocate(size)
-        memory.bytes.copy_(packed.bytes)
-        ranges = batches(packed.pieces, SLOT_BYTES)
-        self._slot_bytes = max(self._slot_bytes, min(SLOT_BYTES, size))
-        return PackedMemory(memory.bytes, memory.pinned, packed.pieces, stand_in(nbytes), tuple(ranges))
+    def expect(self, memory: PackedMemory) -> None:
+        """It is going to be loaded: the slots of the ring suit it when they are made."""
+        usual = min(SLOT_BYTES, memory.bytes.numel())  # of units of any size, most have a batch of about this
+        self._slot_bytes = max(self._slot_bytes, usual, memory.largest_batch)
 
     def load(self, source: PackedMemory, destination: torch.Tensor) -> Any:
         """Queue the copy of a unit and its unpacking; returns the stream on which it ends.
@@ -164,8 +180,7 @@ class PackedTier:
         """
         streams = self._streams
         if not streams.asynchronous:
-            for piece in source.pieces:
-                unpack(piece, source.bytes[piece.source :], destination)
+            unpack_all(source.pieces, source.bytes, destination)
             return streams.load
         self._open_ring(source)
         for first, last in source.batches:
@@ -182,44 +197,56 @@ class PackedTier:
             )
             slot.copied.record(streams.load)
             streams.unpack.wait_event(slot.copied)
-            with self._on(streams.unpack, streams.load), self._counters.timed_unpacking(streams.unpack):
+            with _on(streams, streams.unpack, streams.load), self._counters.timed_unpacking(streams.unpack):
                 for piece in source.pieces[first:last]:
                     unpack(piece, slot.memory[piece.source - start :], destination)
                 slot.unpacked.record(streams.unpack)
         return streams.unpack
 
     def raw(self, source: PackedMemory, nbytes: int) -> torch.Tensor:
-        """The slab that a unit was packed from, in host memory of its own (uint8); waits for the device."""
+        """The slab that a unit was packed from, in host memory of its own (uint8); waits for the device.
+
+        Raises:
+            StoreError: its file holds something else by now.
+        """
         data = map_memory(nbytes)[1]
-        if self._streams.asynchronous:
+        self._unpack_to(source.checked(), data)
+        for (
+            piece
+        ) in source.pieces:  # of these the tensors look at the packed bytes themselves, which may be edited
+            if piece.format is None:
+                data[piece.start : piece.stop].copy_(source.bytes[piece.source :][: piece.nbytes])
+        return data
+
+    def _unpack_to(self, source: PackedMemory, data: torch.Tensor) -> None:
+        streams = self._streams
+        if streams.asynchronous:
             try:
-                with self._on(self._streams.load):
-                    buffer = self._allocate(nbytes)
+                with _on(streams, streams.load):
+                    buffer = self._allocate(data.numel())
                     behind = self.load(source, buffer)
-                    self._streams.load.wait_stream(behind)
+                    streams.load.wait_stream(behind)
                     data.copy_(buffer)
-                return data
+                return
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-        for piece in source.pieces:
-            unpack(piece, source.bytes[piece.source :], data)
-        return data
+        unpack_all(source.pieces, source.bytes, data)
 
     def refuse_edits(self, unit: Unit) -> None:
         """Raise RuntimeError if what stands in for packed weights was written to: that is lost."""
-        host, edited = unit.weights.host, unit.weights.edited()
-        if isinstance(host, PackedMemory) and any(host.is_blank(tensor) for tensor in edited):
+        host = unit.weights.host
+        if isinstance(host, PackedMemory) and any(map(host.is_blank, unit.weights.edited())):
             unit.weights.note_edits()
             self._refuse(unit, host)
 
     def refuse_silent_edits(self, units: Iterable[Unit]) -> None:
         """The same for writes that no tensor counted (`weight.data.add_()`)."""
-        private = private_bytes()
-        for unit in units:
-            host = unit.weights.host
-            if isinstance(host, PackedMemory) and host.was_written_to(private):
-                self._refuse(unit, host)
+        packed = [unit for unit in units if isinstance(unit.weights.host, PackedMemory)]
+        private = private_bytes() if packed else {}
+        for unit in packed:
+            if unit.weights.host.was_written_to(private):
+                self._refuse(unit, unit.weights.host)
 
     def _refuse(self, unit: Unit, host: PackedMemory) -> NoReturn:
         unit.weights.stay_on_host(replace(host, blank=stand_in(unit.nbytes)))
@@ -227,7 +254,8 @@ class PackedTier:
         raise RuntimeError(
             f"the weights of {name}.{unit.name} were written to while they were packed, when NaN stands in for them "
             "on the host: the edit is lost, the true weights are as they were. Repeat it within `with "
-            "pipe.block_offload.suspended():` (fuse_lora, too), or give this component tier='pinned'"
+            "pipe.block_offload.suspended():` (fuse_lora, too), or give this component tier='pinned', or "
+            "pack_on_disk=False if it is on disk"
         )
 
     def close(self) -> None:
@@ -245,10 +273,11 @@ class PackedTier:
         self._ring = [_Slot(memory, self._streams.event(), self._streams.event()) for memory in memories]
         self._turn = 0
 
-    @contextmanager
-    def _on(self, stream: Any, current: Any = None) -> Iterator[None]:
-        before = self._streams.switch(stream, current)
-        try:
-            yield
-        finally:
-            self._streams.restore(before)
+
+@contextmanager
+def _on(streams: Streams, stream: Any, current: Any = None) -> Iterator[None]:
+    before = streams.switch(stream, current)
+    try:
+        yield
+    finally:
+        streams.restore(before)

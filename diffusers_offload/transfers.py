@@ -150,7 +150,9 @@ class Transfers:
         if isinstance(host, PackedMemory) and any(host.is_blank(unit.weights.tensors[i]) for i in changed):
             self.reveal(unit)  # for good: what is written to again and again is not worth packing
             if unit.component.on_disk:
-                self.disk.edit(unit, host, packs=False)
+                with torch._C.DisableTorchFunction():  # who watches the forward must not take this for a use
+                    unit.weights.lay_out_anew()
+                    self.disk.edit(unit, host, packs=False)
             else:
                 unit.weights.move_to_host(self.tier.allocate(unit.nbytes))
         streams = self._streams

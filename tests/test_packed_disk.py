@@ -1,14 +1,25 @@
 """Packed weights on disk: outputs and weights are the true ones, the disk reads less, and what stands in says so."""
 
+import shutil
+
+import odd_nets
 import pytest
 import torch
 from helpers import build, run, weights_of
 from safetensors import safe_open
+from stores import change
+from test_disk_faults import net_of, outputs, same, same_weights
+from test_disk_states import adapted
+from test_from_pretrained import quiet
 from test_packed_tier import assert_same, modules, packed_units
 
 import diffusers_offload
+from diffusers_offload import OffloadPolicy
 from diffusers_offload.tiers import packed
+from diffusers_offload.tiers.blockfile import StoreError
 from diffusers_offload.tiers.mapped import PackedDiskMemory
+from diffusers_offload.tiers.packedmemory import PackedMemory
+from diffusers_offload.tiers.reader import DiskReadError
 
 
 @pytest.fixture(autouse=True)
@@ -167,3 +178,167 @@ def test_a_weight_that_is_replaced_or_was_never_coded(kept_as_it_is, tmp_path, d
     pipe.disable_block_offload()
     assert not layer.weight.isnan().any()
     assert torch.equal(run(pipe.to(device), "flux"), edited)
+
+
+class Remembers(torch.nn.Module):
+    """Writes to a buffer that is coded, and to one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+        self.register_buffer("seen", torch.randn(64, 64))
+        self.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+
+    def forward(self, x):
+        self.seen += x.mean()
+        self.count += 1
+        return torch.tanh(self.b(self.a(x)) @ self.seen) + self.count.sum()
+
+
+def test_buffers_that_a_forward_writes_to(tmp_path, device):
+    def net():
+        torch.manual_seed(0)
+        made = odd_nets.Net(*(Remembers() for _ in range(4)))
+        made.embed, made.out = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+        return made.eval().requires_grad_(False)
+
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(device)
+    resident, offloaded = net().to(device), net()
+    handle = diffusers_offload.enable_block_offload(
+        offloaded, device, offload_ratio=1.0, tier="disk", offload_dir=tmp_path, pack_on_disk=True
+    )
+    units = handle._engine.homes.units
+    assert all(isinstance(unit.weights.host, PackedMemory) for unit in units)
+    for _ in range(3):
+        assert torch.equal(offloaded(x), resident(x))
+    assert not any(
+        isinstance(unit.weights.host, PackedMemory) for unit in units
+    )  # it would be packed again and again
+    assert same_weights(offloaded, resident)
+    handle.disable()
+    assert same_weights(offloaded, resident)
+
+
+def test_a_component_that_is_taken_apart_anew(tmp_path, device):
+    """Its new units are not those of the files: true values are written, and what is gone goes."""
+    net, twin = net_of(4), net_of(4)
+    arguments = {"tier": "disk", "offload_dir": tmp_path, "pack_on_disk": True, "offload_ratio": 1.0}
+    with torch.no_grad():
+        handle = diffusers_offload.enable_block_offload(net, device, **arguments)
+        twin.to(device)
+        assert same(outputs(net, device), outputs(twin, device))
+        model, layers = written(tmp_path), (net.blocks[1].a, twin.blocks[1].a)
+        for each in (net, twin):
+            torch.manual_seed(0)
+            each.blocks[1].a = adapted(each.blocks[1].a.to(device if each is twin else "cpu"))
+        twin.to(device)
+        handle.call_ended()
+        assert same(outputs(net, device), outputs(twin, device)) and same_weights(net, twin)
+        assert len(list((tmp_path / "passing").iterdir())) == 1
+        net.blocks[1].a, twin.blocks[1].a = layers
+        handle.call_ended()
+        assert same(outputs(net, device), outputs(twin, device))
+        assert not (tmp_path / "passing").exists() and written(tmp_path) == model
+        held = handle._held["module"]
+        held.target = held.target.finer()
+        held.renew()
+        assert same(outputs(net, device), outputs(twin, device)) and same_weights(net, twin)
+        assert not (tmp_path / "passing").exists()  # the same weights, divided in another way
+        handle.disable()
+    assert same_weights(net, twin)
+
+
+# --- folders that are there -------------------------------------------------------------------------------
+
+
+PARTLY = ("partly resident", "one resident", "as a whole")
+OPENED = {
+    "as it is": {},
+    "smaller units": {"offload_granularity": "phase"},
+    "raw": {"pack_on_disk": False},
+    "pinned": {"tier": "pinned"},
+    "packed": {"tier": "packed"},
+    "partly resident": {"offload_ratio": 0.5},
+    "resident": {"offload_granularity": "resident"},
+    "one resident": {"components": {"transformer": "resident"}},
+    "as a whole": {"components": {"transformer": OffloadPolicy("model", tier="disk")}},
+}
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A pipeline, its picture, and where it was converted to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "SMALLEST", 0)
+        patch.setattr(packed, "SLOT_BYTES", 64 * 1024)
+        folder = tmp_path_factory.mktemp("converted")
+        pipe = build("flux", torch.bfloat16)
+        pipe.save_pretrained(folder / "source", max_shard_size="300KB")
+        place = diffusers_offload.convert(folder / "source", folder / "packed", torch.bfloat16, packed=True)
+        shutil.rmtree(folder / "source")
+        yield pipe, run(pipe, "flux"), place
+
+
+@pytest.mark.parametrize("how", OPENED)
+def test_a_converted_folder_is_used_as_it_is(how, converted, tmp_path, device):
+    right, expected, place = converted
+    place = shutil.copytree(place, tmp_path / "place")
+    before = written(place)
+    pipe = quiet(diffusers_offload.from_pretrained(place, device=device, **OPENED[how]))
+    weights = {key: weights_of(module) for key, module in modules(right)}
+    if device == "cpu":
+        assert torch.equal(run(pipe, "flux"), expected)
+    assert_same(weights, pipe)
+    assert (written(place) == before) == (how not in ("smaller units", "as a whole"))
+    assert bool(packed_units(pipe)) == (how in ("as it is", "raw", "packed", *PARTLY))
+    pipe.disable_block_offload()
+    assert_same(weights, pipe)
+
+
+def test_from_pretrained_packs(converted, tmp_path, monkeypatch):
+    right, expected, _ = converted
+    right.save_pretrained(tmp_path / "source")
+    folder = tmp_path / "offload"
+    arguments = {"torch_dtype": torch.bfloat16, "device": "cpu", "offload_dir": folder}
+    pipe = quiet(diffusers_offload.from_pretrained(tmp_path / "source", **arguments, pack_on_disk=True))
+    assert len(packed_units(pipe)) > 5 and torch.equal(run(pipe, "flux"), expected)
+    pipe.disable_block_offload()
+    before = written(folder)
+    monkeypatch.setattr("diffusers_offload.settling._part", lambda *_: pytest.fail("read again"))
+    again = quiet(diffusers_offload.from_pretrained(tmp_path / "source", **arguments, pack_on_disk=True))
+    assert written(folder) == before and len(packed_units(again)) > 5
+    again.disable_block_offload()
+    monkeypatch.undo()
+    raw = quiet(diffusers_offload.from_pretrained(tmp_path / "source", **arguments))
+    assert not packed_units(raw)  # the CPU unpacks slowly
+
+
+# --- damage -----------------------------------------------------------------------------------------------
+
+
+def test_damage_is_never_served(tmp_path, device):
+    pipe = build("flux", torch.bfloat16, device)
+    expected = run(pipe, "flux")
+    on_disk(pipe, tmp_path, device)
+    unit = next(unit for unit in packed_units(pipe) if unit.component.name == "transformer")
+    stored, name = unit.weights.host.stored, unit.name
+    change(stored.path, stored.offset + 5000, stored.path.read_bytes()[stored.offset + 5000] ^ 1)
+    with pytest.raises(DiskReadError, match=stored.path.name):
+        run(pipe, "flux")
+    with pytest.raises(StoreError, match=stored.path.name):
+        pipe.transformer.state_dict()
+    with pytest.raises(StoreError, match=stored.path.name):
+        pipe.disable_block_offload()
+    change(stored.path, stored.offset + 5000, stored.path.read_bytes()[stored.offset + 5000] ^ 1)
+    assert torch.equal(run(pipe, "flux"), expected) and name
+    pipe.disable_block_offload()
+    assert torch.equal(run(pipe.to(device), "flux"), expected)
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", [], "True"])
+def test_wrong_arguments(value, tmp_path):
+    pipe = build("wan")
+    with pytest.raises(ValueError, match="pack_on_disk"):
+        pipe.enable_block_offload(device="cpu", offload_dir=tmp_path, pack_on_disk=value)
+    with pytest.raises(ValueError, match="packed"):
+        diffusers_offload.convert("nowhere", tmp_path, packed=value)

@@ -131,7 +131,8 @@ class Transfers:
         host = unit.weights.host
         if isinstance(host, PackedMemory):
             veil = host if isinstance(host, DiskMemory) else None
-            unit.weights.reveal(RevealedMemory(self.packed.raw(host, unit.nbytes), False, veil))
+            data = self.disk.spare_memory(unit.nbytes) if veil is not None else None
+            unit.weights.reveal(RevealedMemory(self.packed.raw(host, unit.nbytes, data), False, veil))
 
     def unveil(self, unit: Unit) -> None:
         """Before a unit is taken in: its tensors may look at what stands in for them in a packed file."""

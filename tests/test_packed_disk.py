@@ -15,7 +15,7 @@ from test_packed_tier import assert_same, modules, packed_units
 
 import diffusers_offload
 from diffusers_offload import OffloadPolicy
-from diffusers_offload.tiers import packed
+from diffusers_offload.tiers import disk, packed
 from diffusers_offload.tiers.blockfile import StoreError
 from diffusers_offload.tiers.mapped import PackedDiskMemory
 from diffusers_offload.tiers.packedmemory import PackedMemory
@@ -146,15 +146,21 @@ def test_an_edit_of_what_stands_in_is_refused(silently, tmp_path, device):
     assert written(tmp_path) == model
 
 
-def test_edited_back_is_the_models(tmp_path):
+@pytest.mark.parametrize("short", [False, True], ids=["memory", "no-memory"])
+def test_edited_back_is_the_models(short, tmp_path, monkeypatch):
+    """Also where memory is too short to unpack everything at once."""
+    if short:
+        monkeypatch.setattr(disk, "available_memory", lambda: 1)
     pipe = build("flux", torch.bfloat16)
     pipe.transformer.requires_grad_(False)
     expected = run(pipe, "flux")
-    on_disk(pipe, tmp_path, "cpu")
+    on_disk(pipe, tmp_path, "cpu", max_host_memory="4MiB")
     weight = pipe.transformer.transformer_blocks[0].ff.net[2].weight
     for factor, files in ((2, 1), (0.5, 0)):
         with pipe.block_offload.suspended():
             weight.mul_(factor)
+            with open("/proc/self/maps") as lines:
+                assert any(str(tmp_path) in line and "(deleted)" in line for line in lines) == short
         run(pipe, "flux")
         assert len(list(tmp_path.rglob("edited-*"))) == files
     assert torch.equal(run(pipe, "flux"), expected)

@@ -8,18 +8,23 @@ use (`buffers`).
 
 from __future__ import annotations
 
+import mmap
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..log import logger
 from ..packing import unpacks_fast
 from ..report import DiskReport
 from .buffers import Buffers, room_for
 from .files import Files
 from .mapped import DiskMemory
 from .packed import PackedMemory, PackedTier, Packer
-from .pinned import HostMemory, PinnedTier
+from .pinned import HostMemory, PinnedTier, map_memory
 
 if TYPE_CHECKING:
     from ..component import Component, Unit
@@ -49,6 +54,7 @@ class DiskTier:
     ) -> None:
         self._policy = storage.cache_policy
         self._limit = limit
+        self._directory = storage.directory
         self._packed = packed
         fast = unpacks_fast(streams.device)
         self.packs = fast if storage.packs is None else storage.packs  # what is written
@@ -74,13 +80,18 @@ class DiskTier:
             before: where they were on the host.
             packs: they may be packed.
         """
-        if isinstance(before, DiskMemory):
+        on_disk = isinstance(before, DiskMemory)
+        if on_disk and before.is_edited:  # that file is going to be another one
             self._buffers.forget(before)
         host = self._files.edit(unit, packs)
+        if on_disk and host.key == before.key and not before.is_edited:  # nothing was edited
+            return
+        if on_disk:
+            self._buffers.forget(before)
         if isinstance(host, PackedMemory):
             self._packed.expect(host)
         room = room_for(host.bytes.numel())
-        same = isinstance(before, DiskMemory) and room_for(before.bytes.numel()) == room
+        same = on_disk and room_for(before.bytes.numel()) == room
         if same and self._buffers.knows(before):
             self._buffers.rename(before, host)
         elif unit in self._units:
@@ -97,6 +108,28 @@ class DiskTier:
     def release(self, component: Component) -> None:
         """The component is offloaded no longer. The model's files stay, those of what it had become go."""
         self._files.release(component)
+
+    def spare_memory(self, nbytes: int) -> torch.Tensor:
+        """Zeros (uint8) for a slab that is unpacked for a while: a file without a name where memory is short.
+
+        All of a component may be unpacked at once, and it is on disk because the host cannot hold it.
+        """
+        if nbytes > available_memory() * _SHARE:
+            try:
+                with tempfile.TemporaryFile(dir=self._directory) as file:
+                    os.posix_fallocate(
+                        file.fileno(), 0, nbytes
+                    )  # a hole that cannot be filled kills the process
+                    mapping = mmap.mmap(file.fileno(), nbytes)
+                with torch.inference_mode(False):
+                    return torch.frombuffer(mapping, dtype=torch.uint8)
+            except OSError as error:
+                logger.warning(
+                    "%s has no room for what is unpacked for a while (%s): it takes host memory",
+                    self._directory,
+                    error,
+                )
+        return map_memory(nbytes)[1]
 
     # --- what the host holds --------------------------------------------------------------------------
 

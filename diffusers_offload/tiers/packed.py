@@ -203,13 +203,16 @@ class PackedTier:
                 slot.unpacked.record(streams.unpack)
         return streams.unpack
 
-    def raw(self, source: PackedMemory, nbytes: int) -> torch.Tensor:
+    def raw(self, source: PackedMemory, nbytes: int, data: torch.Tensor | None = None) -> torch.Tensor:
         """The slab that a unit was packed from, in host memory of its own (uint8); waits for the device.
+
+        Args:
+            data: this memory (uint8, `nbytes` zeros).
 
         Raises:
             StoreError: its file holds something else by now.
         """
-        data = map_memory(nbytes)[1]
+        data = map_memory(nbytes)[1] if data is None else data
         self._unpack_to(source.checked(), data)
         for (
             piece

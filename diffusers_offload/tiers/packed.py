@@ -266,6 +266,7 @@ class PackedTier:
         self._ring, self._slot_bytes, self._turn = [], 0, 0
 
     def _open_ring(self, source: PackedMemory) -> None:
+        self.expect(source)  # of a file, what is unpacked before anything is known to stream
         if self._ring and self._ring[0].memory.numel() >= self._slot_bytes:
             return
         for slot in self._ring:

@@ -20,6 +20,7 @@ from diffusers_offload.tiers.blockfile import StoreError
 from diffusers_offload.tiers.mapped import PackedDiskMemory
 from diffusers_offload.tiers.packedmemory import PackedMemory
 from diffusers_offload.tiers.reader import DiskReadError
+from diffusers_offload.tiers.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -320,6 +321,41 @@ def test_from_pretrained_packs(converted, tmp_path, monkeypatch):
     monkeypatch.undo()
     raw = quiet(diffusers_offload.from_pretrained(tmp_path / "source", **arguments))
     assert not packed_units(raw)  # the CPU unpacks slowly
+
+
+def test_a_conversion_that_was_stopped_goes_on(converted, tmp_path, monkeypatch):
+    """What was packed and written before is not packed again."""
+    right, expected, _ = converted
+    right.save_pretrained(tmp_path / "source")
+    arguments = {
+        "source": tmp_path / "source",
+        "destination": tmp_path / "place",
+        "torch_dtype": torch.bfloat16,
+        "packed": True,
+    }
+    calls, done, pack, put = [], [], packed.pack, Store.put
+    monkeypatch.setattr(packed, "pack", lambda *a: (calls.append(a), pack(*a))[1])
+
+    def stop(store, block, parts, digests=None):
+        if len(calls) > 4:
+            raise StoreError("the disk is full")
+        done.append(len(calls))
+        return put(store, block, parts, digests)
+
+    monkeypatch.setattr(Store, "put", stop)
+    with pytest.raises(StoreError, match="full"):
+        diffusers_offload.convert(**arguments)
+    monkeypatch.setattr(Store, "put", put)
+    calls.clear()
+    place = diffusers_offload.convert(**arguments)
+    again = len(calls)
+    diffusers_offload.convert(**{**arguments, "destination": tmp_path / "other"})
+    assert done[-1] > 2 and done[-1] + again == len(calls) - again
+    pipe = quiet(diffusers_offload.from_pretrained(place, device="cpu"))
+    assert len(packed_units(pipe)) > 5 and torch.equal(run(pipe, "flux"), expected)
+    calls.clear()
+    files = written(place)
+    assert written(diffusers_offload.convert(**arguments)) == files and not calls
 
 
 # --- damage -----------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import disk_rows
 import measure
+import peers
 import torch
 from models import CASES, FAMILIES, build, forward_of
 from torch import nn
@@ -28,7 +29,7 @@ class Row:
     """One way of running the model.
 
     Attributes:
-        enable: sets it up; what it returns is the handle of `ours`, None elsewhere.
+        enable: sets it up; what it returns is the handle of `ours`, `peers.Enabled` of a peer, or None.
         offloads: the weights leave the device; False for the row that the others are compared with.
         needs_streams: cannot run on the CPU.
         from_host: wants the weights on the host before `enable`.
@@ -36,6 +37,7 @@ class Row:
         on_disk: `enable` is told a folder as well, where it puts the weights.
         cold: the page cache is emptied of that folder before each timed forward.
         warm_ups, at_most: forwards before the timed ones, and the limit of those.
+        settings: what is asked for, as the table says it.
     """
 
     enable: Enable
@@ -47,6 +49,7 @@ class Row:
     cold: bool = False
     warm_ups: int = 2
     at_most: int = 100
+    settings: str = ""
 
 
 def _resident(model: nn.Module, device: torch.device) -> None:
@@ -71,34 +74,61 @@ def _accelerate(model: nn.Module, device: torch.device) -> None:
     accelerate.cpu_offload(model, execution_device=device)
 
 
-def _ours(ratio: float, granularity: str = "block") -> Enable:
+_GROUPS = {"needs_streams": True, "packages": ("diffusers.hooks",)}
+_STREAMS = "use_stream=True, record_stream=True"
+_OURS = {"packages": ("diffusers_offload.pipeline",)}
+
+
+def ours(ratio: float, granularity: str = "block", tier: str = "pinned") -> Row:
+    """A row of this package: this share of the units' bytes streams, from this tier."""
+
     def enable(model: nn.Module, device: torch.device) -> Any:
         diffusers_offload = import_module("diffusers_offload")
         return diffusers_offload.enable_block_offload(
-            model, device=device, offload_granularity=granularity, offload_ratio=ratio
+            model, device=device, offload_granularity=granularity, offload_ratio=ratio, tier=tier
         )
 
-    return enable
+    settings = f"offload_granularity={granularity!r}, offload_ratio={ratio:g}, tier={tier!r}"
+    return Row(enable, settings=settings, **_OURS)
 
 
-_GROUPS = {"needs_streams": True, "packages": ("diffusers.hooks",)}
-_OURS = {"packages": ("diffusers_offload.pipeline",)}
+def _peer(peer: peers.Peer) -> Row:
+    return Row(
+        peer.enable,
+        needs_streams=peer.needs_streams,
+        from_host=peer.from_host,
+        packages=peer.packages,
+        settings=peer.settings,
+    )
+
+
 _DISK = {"from_host": True, "at_most": 3}  # what is on disk passed through the host on its way there
 ROWS = {
     "resident": Row(_resident, offloads=False),
-    "diffusers-block": Row(_group_offload(offload_type="block_level", num_blocks_per_group=1), **_GROUPS),
-    "diffusers-leaf": Row(_group_offload(offload_type="leaf_level"), **_GROUPS),
+    "diffusers-block": Row(
+        _group_offload(offload_type="block_level", num_blocks_per_group=1),
+        settings=f"block_level, num_blocks_per_group=1, {_STREAMS}",
+        **_GROUPS,
+    ),
+    "diffusers-leaf": Row(
+        _group_offload(offload_type="leaf_level"), settings=f"leaf_level, {_STREAMS}", **_GROUPS
+    ),
     "accelerate": Row(_accelerate, from_host=True, packages=("accelerate",), warm_ups=1, at_most=2),
-    "ours": Row(_ours(1.0), **_OURS),
-    "ours-half": Row(_ours(0.5), **_OURS),
-    "ours-phase": Row(_ours(1.0, "phase"), **_OURS),
-    "ours-leaf": Row(_ours(1.0, "leaf"), **_OURS),
+    "ours": ours(1.0),
+    "ours-half": ours(0.5),
+    "ours-phase": ours(1.0, "phase"),
+    "ours-leaf": ours(1.0, "leaf"),
+    "packed": ours(1.0, tier="packed"),
+    "packed-half": ours(0.5, tier="packed"),
+    "packed-phase": ours(1.0, "phase", "packed"),
+    "packed-leaf": ours(1.0, "leaf", "packed"),
     "ours-disk": Row(disk_rows.ours(0.0), on_disk=True, **_DISK, **_OURS),
     "ours-disk-half": Row(disk_rows.ours(0.5), on_disk=True, **_DISK, **_OURS),
     "diffusers-disk-warm": Row(disk_rows.diffusers, on_disk=True, **_DISK, packages=("diffusers.hooks",)),
     "diffusers-disk-cold": Row(
         disk_rows.diffusers, on_disk=True, cold=True, **_DISK, packages=("diffusers.hooks",)
     ),
+    **{name: _peer(peer) for name, peer in peers.PEERS.items()},
 }
 
 
@@ -121,7 +151,7 @@ def _run_row(
     name: str, cases: Sequence[str], size: str, device: torch.device, start: str, folder: Path | None
 ) -> None:
     row = ROWS[name]
-    result: dict[str, Any] = {"row": name, "start": start, "cases": {}}
+    result: dict[str, Any] = {"row": name, "start": start, "settings": row.settings, "cases": {}}
     try:
         measure.start_up(device)
         result["environment"] = _environment(device)
@@ -176,6 +206,10 @@ def _set_up(
         handle = row.enable(model, device, folder) if row.on_disk else row.enable(model, device)
         measure.synchronize(device)
         setup["enable_s"] = perf_counter() - begin
+    if isinstance(handle, peers.Enabled):
+        setup["enable_s"] -= handle.prepared_s
+        setup |= {"prepared_s": handle.prepared_s, "moved_bytes": handle.moved_bytes, "found": handle.found}
+        handle = None
     setup["enable_peak_rss"] = host_peak[0]
     peak, _ = measure.device_peaks(device)
     setup["enable_device_growth"] = None if peak is None else peak - before
@@ -262,6 +296,8 @@ def _of_ours(
         forward()
         measured = handle.report()
     known |= {"transfer_ms": measured.transfer_ms, "stall_ms": measured.stall_ms, "hidden": measured.hidden}
+    if measured.packed is not None:
+        known["packed"] = asdict(measured.packed)
     known["hook_us"] = measure.hook_microseconds(forward, device)
     return known
 

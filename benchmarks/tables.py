@@ -11,6 +11,7 @@ HEADER = (
     "row",
     "step ms",
     "/ floor",
+    "/ all weights",
     "H2D GB/s",
     "device GiB, peak (reserved)",
     "enable: device, s",
@@ -66,6 +67,7 @@ def _table(case: str, rows: list[dict[str, Any]]) -> str:
             continue
         lines.append(_line(_cells(row, measured, resident, rate)))
         notes += _notes(row, measured)
+    notes += [note for row in rows for note in _settings(row)]
     return "\n".join([*lines, "", *notes, ""])
 
 
@@ -74,8 +76,9 @@ def _cells(
 ) -> list[str]:
     setup = row["setup"]
     weights = setup["weights_bytes"]
-    moved = measured["ours"]["bytes_per_step"] if "ours" in measured else weights
-    floor = floor_ms(0 if row["row"] == "resident" else moved, rate, resident.get("step_ms"))
+    moved = moved_bytes(row, measured)
+    everything = floor_ms(weights, rate, None) if moved else None
+    floor = floor_ms(moved, rate, resident.get("step_ms"))
     best = _best_rate(row)
     exact = NONE
     if "hashes" in resident:
@@ -89,6 +92,7 @@ def _cells(
         row["row"],
         f"{measured['step_ms']:.1f}",
         f"{measured['step_ms'] / floor:.3f}" if floor else NONE,
+        f"{measured['step_ms'] / everything:.3f}" if everything else NONE,
         f"{best:.1f}" if best else NONE,
         f"{_gib(measured['peak_allocated'])} ({_gib(measured['peak_reserved'])})",
         f"{'' if growth is None else '+'}{_gib(growth)}, {setup['enable_s']:.1f}",
@@ -96,6 +100,26 @@ def _cells(
         host(measured["peak_rss"]),
         exact,
     ]
+
+
+def moved_bytes(row: dict[str, Any], measured: dict[str, Any]) -> float:
+    """That cross the bus in a step: as counted, as the row tells of itself, or all weights."""
+    if row["row"] == "resident":
+        return 0
+    if "ours" in measured:
+        return measured["ours"]["bytes_per_step"]
+    return row["setup"].get("moved_bytes", row["setup"]["weights_bytes"])
+
+
+def _settings(row: dict[str, Any]) -> list[str]:
+    """What was asked for, and what a peer tells of itself."""
+    told = [row["settings"]] if row.get("settings") else []
+    setup = row.get("setup", {})
+    if "found" in setup:
+        told += [setup["found"], f"{_gib(setup['moved_bytes'])} GiB a step"]
+    if setup.get("prepared_s"):
+        told.append(f"{setup['prepared_s']:.0f} s of preparing are not in the seconds of enabling")
+    return [f"- {row['row']}: {'; '.join(told)}"] if told else []
 
 
 def _notes(row: dict[str, Any], measured: dict[str, Any]) -> list[str]:
@@ -111,6 +135,10 @@ def _notes(row: dict[str, Any], measured: dict[str, Any]) -> list[str]:
             + f"host {hooks} per pair of hooks; device GiB: {parts}; "
             + f"host GiB: {_gib(ours['host_bytes'])} ({_gib(ours['pinned_bytes'])} pinned)"
         )
+        packed = ours.get("packed")
+        if packed is not None and packed["raw_bytes"]:
+            notes[-1] += f"; packed to {packed['packed_bytes'] / packed['raw_bytes']:.1%}"
+            notes[-1] += f", unpacking {packed['unpack_ms']:.0f} ms a step" if packed["unpack_ms"] else ""
     disk = measured.get("disk")
     if disk is not None:
         bare = median(disk["bare_rates"]) / 1e9

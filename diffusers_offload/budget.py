@@ -27,6 +27,7 @@ _RESERVE = 0.025  # of the bound: the allocator rounds up, and fragments
 _TIGHTEN = 0.8  # of the bound, once the device has run out of memory below it
 _BETTER = 0.01  # of a step: what another choice must gain
 _WORTH_PACKING = 0.1  # of a step: what waiting must take for packing to be worth its seconds
+_WORTH_PAIRING = 0.03  # of a step: what waiting for copies must take
 _EXTRA_SLOTS = 2  # units that the arena may hold besides two, where that is worth more than keeping them
 
 
@@ -155,9 +156,36 @@ class DeviceBudget:
         """The forward under way has failed: what it took says nothing."""
         self._running, self.stopwatch = None, None
 
-    def exceeded_by(self, component: Component) -> bool:
-        """Whether `component` was seen to need more than the bound, with nothing kept."""
-        known = self._known.get((component, self._shapes.get(component)))
+    def why_not_together(
+        self, component: Component, shapes: tuple, together: tuple, weights: int
+    ) -> str | None:
+        """Why several forwards had better run one by one; None if nothing is known against running them for one load.
+
+        Args:
+            shapes: of the inputs of one of them; `together` those of each.
+            weights: bytes on the device for each of them, with nothing kept.
+        """
+        passes = len(together)
+        one, all_ = self._known.get((component, shapes)), self._known.get((component, together))
+        if one is not None:
+            need = all_.need if all_ is not None else one.need + (passes - 1) * max(0, one.need - weights)
+            if need + self._others > self.limit:
+                return "memory for the activations of several passes is more than the bound leaves"
+        if one is None or one.forecast is None:
+            return None
+        if one.forecast.stall < _WORTH_PAIRING * one.forecast.step:
+            return "computing takes longer than copying, so nothing would be gained"
+        if all_ is not None and all_.forecast is not None and all_.forecast.step > passes * one.forecast.step:
+            return "one by one they are faster, with more of the weights kept"
+        return None
+
+    def exceeded_by(self, component: Component, shapes: tuple | None = None) -> bool:
+        """Whether `component` was seen to need more than the bound, with nothing kept.
+
+        Args:
+            shapes: of its inputs; those that it had last if None.
+        """
+        known = self._known.get((component, self._shapes.get(component) if shapes is None else shapes))
         return known is not None and known.need + self._others > self.limit
 
     def may_be_exceeded_by(self, component: Component, shapes: tuple, weights: int) -> bool:

@@ -114,6 +114,12 @@ class Component:
         self.ran: set[Unit] = set()  # units whose own forward has run, while that is watched
         self.met: set[Unit] = set()  # units that have run in a forward that was watched and found nothing
         self.late: set[Unit] = set()  # in use past their forwards: released when another one is used
+        self.pairs: Any = None  # the guidance passes that run for one load (`Pairs`), once it has been called
+
+    def edited(self) -> None:
+        """Its weights are others now: what was computed ahead for its calls is out of date."""
+        if self.pairs is not None:
+            self.pairs.discard()
 
     @property
     def on_disk(self) -> bool:

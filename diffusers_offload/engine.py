@@ -1,6 +1,7 @@
 """The engine: loads units before they are needed, binds them while they compute, lets them go.
 
-Deciding is done elsewhere (`order`, `arena`, `budget`, `turns`), copying in `transfers`. What makes each step safe:
+Deciding is done elsewhere (`order`, `arena`, `budget`, `turns`), loading ahead in `loads`, copying in `transfers`. What
+makes each step safe:
 
 - a unit computes after its *ready* event (recorded on `load` behind its copy);
 - a unit is overwritten after the *done* event of its last use (recorded on the stream that used it);
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
@@ -23,21 +23,20 @@ from .component import WAITING, Component, State, Unit
 from .homes import Homes
 from .keeping import Keeping
 from .learning import Learning
-from .recovery import is_out_of_memory
+from .loads import Loads
 from .report import Counters
 from .roster import Roster
 from .stems import Stems
 from .streams import Streams
-from .tiers.packedmemory import PackedMemory
 from .transfers import Transfers
 from .turns import Turns
 
 if TYPE_CHECKING:
+    from .pairing.passes import Passes
     from .policy import Storage
     from .tiers.disk import DiskTier
     from .tiers.packed import PackedTier
 
-_READ_AHEAD = 16  # units, as far as there is room for them on the host
 _EMPTY_CACHE_FROM = 64 * 2**20  # bytes worth a cudaFree once a component has left
 
 
@@ -50,7 +49,10 @@ class Engine:
         budget: DeviceBudget | None = None,
         storage: Storage | None = None,
         host_limit: int | None = None,
+        pair_passes: bool | None = None,
     ) -> None:
+        self.pair_passes = pair_passes  # whether passes of a step run for one load; None: where that gains
+        self.passes: Passes | None = None  # those that take turns now
         self.streams = streams
         self.device = streams.device
         self.counters = Counters(streams=streams)
@@ -58,8 +60,8 @@ class Engine:
         self._transfers = Transfers(streams, self.counters, storage, host_limit)
         self._stems = Stems(streams, self._transfers)
         self.homes = Homes(self._transfers.allocate, self._clear)
+        self.loads = Loads(streams, self._transfers, self.homes)
         self._learning = Learning(lambda unit: self._acquire(unit, opening=True), self._finish)
-        self._afloat: list[Unit] = []  # floating units that were loaded and not used yet
         self._lingers: Unit | None = None  # a floating unit that was used and is about to be used again
         self._stack: list[Component] = []  # forwards under way, outermost first
         self._outside: Any = None  # what was current before the outermost forward
@@ -74,7 +76,7 @@ class Engine:
             withdraw=self._withdraw,
             forget=self._forget,
         )
-        self.keeping = Keeping(budget, streams, self.roster, self.homes, self.disk, self._drop, self.prefetch)
+        self.keeping = Keeping(budget, streams, self.roster, self.homes, self.disk, self.packed, self.loads)
         self._using: list[Unit] = []  # whose forwards are under way, innermost last
         self._random: Any = None  # the generators' state when the outermost forward began
         self.suspended: set[torch.nn.Module] = set()  # components that are being edited, and must not run
@@ -152,7 +154,7 @@ class Engine:
                 self._learning.begin(component)
                 if component.first is not None:
                     self.homes.order.expect(component.first)
-                    self.prefetch()
+                    self.loads.prefetch()
         except BaseException:
             self.leave(component, completed=False)
             raise
@@ -170,7 +172,7 @@ class Engine:
             for each in self._pop(component):
                 self._learning.end(each, completed)
             if component.depth == 0 and component.trace and self.homes.learn(component):
-                self.prefetch()
+                self.loads.prefetch()
             if not self._stack:
                 self._transfers.stopwatch = None
                 self.keeping.end(component, completed)
@@ -222,11 +224,13 @@ class Engine:
             # that leave no trace (`weight.data.add_()`).
             for unit in self.units:
                 if unit.state in WAITING:
-                    self._drop(unit)
+                    self.loads.drop(unit)
             self._turns.call_ended()
             for component in self.components:
                 component.checked = False
                 component.runs = 0
+                if component.pairs is not None:
+                    component.pairs.call_ended()
 
     # --- the unit's forward ---------------------------------------------------------------------------
 
@@ -269,20 +273,19 @@ class Engine:
             watch.arrives(unit, stream)
         if missed:  # this may wait for the disk
             self.counters.misses += 1
-            self._load(unit, self.arena.overwritten_by(unit), stream)
+            self.loads.load(unit, self.arena.overwritten_by(unit), stream)
         if arrival is not None:
             self.counters.waits(unit, arrival)
         stream.wait_event(unit.ready)
         if watch is not None:
             watch.starts(unit, stream)
         unit.weights.bind()
-        if unit.floats and unit.state is State.LOADING:
-            self._afloat.remove(unit)
+        self.loads.bound(unit)
         unit.state = State.IN_USE
         unit.depth = not opening
         unit.stream = stream
         if missed or unit.floats:
-            self.prefetch(stream)
+            self.loads.prefetch(stream)
 
     def release(self, unit: Unit) -> None:
         """The forward of `unit` is queued: its bytes are free behind it, and the next loads can go."""
@@ -303,7 +306,7 @@ class Engine:
         if not unit.clings:
             stream = unit.stream
             self._retire(unit, stream)
-            self.prefetch(stream)
+            self.loads.prefetch(stream)
 
     def _refuse_suspended(self, component: Component) -> None:
         if component.module in self.suspended:
@@ -311,123 +314,33 @@ class Engine:
                 f"{component.name} is being edited: leave `with pipe.block_offload.suspended()` before running it"
             )
 
-    def prefetch(self, current: Any = None) -> None:
-        """Queue the loads of the units predicted next, as far as their bytes are free.
-
-        `current` is the current stream, where the caller knows it: asking costs some microseconds.
-        """
-        if self.homes.lost:  # nothing would bound what is loaded
-            return
-        disk = self._transfers.disk
-        if disk is not None:
-            numbers = islice(self.homes.order.upcoming(), min(_READ_AHEAD, len(self.units)))
-            coming = (self.units[number] for number in numbers)
-            disk.expect(unit.weights.host if unit.state is State.OFFLOADED else None for unit in coming)
-        ahead: set[int] = set()
-        last = None
-        for number in islice(self.homes.order.upcoming(), len(self.units)):
-            if number == last:  # layers that were joined are used one after the other
-                continue
-            if number in ahead:
-                return
-            last, unit = number, self.units[number]
-            if unit.state is State.OFFLOADED:
-                if unit.keeps and not unit.component.present:
-                    return
-                if unit.floats and not unit.keeps and not self._may_float(unit, ahead):
-                    return
-                in_the_way = self.arena.overwritten_by(unit)
-                for other in in_the_way:
-                    if other.state is State.IN_USE or other.number in ahead:
-                        return
-                if disk is not None and not disk.is_ready(unit.weights.host):
-                    return
-                if not self._load_ahead(unit, in_the_way, current):
-                    return
-            elif unit.floats and unit.state is State.IN_USE and ahead:
-                return  # it leaves before it is used again
-            ahead.add(number)
-
-    def _load_ahead(self, unit: Unit, in_the_way: list[Unit], current: Any) -> bool:
-        """Load a unit for later; if there is no memory for it now, its own forward will try again."""
-        try:
-            self._load(unit, in_the_way, current)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return False
-        return True
-
-    def _may_float(self, unit: Unit, ahead: set[int]) -> bool:
-        """Whether another floating unit may be loaded; those that wait although they come later make room."""
-        if self.homes.slots == 1:
-            return False
-        for _ in range(2):
-            waiting = [each for each in self._afloat if not each.keeps]
-            if not waiting or sum(each.nbytes for each in waiting) + unit.nbytes <= self.homes.may_wait:
-                return True
-            for each in waiting:
-                if each.number not in ahead:
-                    self._drop(each)
-        return False
-
-    # --- loading and dropping units -------------------------------------------------------------------
-
-    def _load(self, unit: Unit, in_the_way: list[Unit], current: Any = None) -> None:
-        fits = not unit.floats and unit.slot is not None and unit.slot.numel() == unit.nbytes
-        if not fits or any(other.state is State.IN_USE for other in in_the_way):
-            self._transfers.load(unit, self._transfers.allocate(unit.nbytes), current)
-            unit.borrows = True
-            if unit.floats:
-                self._afloat.append(unit)
-            return
-        for other in in_the_way:
-            self._drop(other)
-        self._transfers.load(unit, unit.slot, current)
-        self.arena.lying.append(unit)
+    # --- what becomes of a unit between its uses ------------------------------------------------------
 
     def _notice_edits(self, units: list[Unit]) -> None:
         """Before a forward, where others have had their turn: what they did to the weights counts.
 
         Those replaced (`weight.data = ...`) get new host memory; those loaded ahead are loaded again.
         """
+        self.packed.refuse_edits(units, silent=False)
         for unit in units:
-            if unit.state is not State.IN_USE:
-                self.packed.refuse_edits(unit)
             waits, offloaded = unit.state in WAITING, unit.state is State.OFFLOADED
             edited = (waits or (offloaded and unit.component.on_disk)) and unit.weights.note_edits()
             if waits and edited:
-                self._drop(unit)
+                self.loads.drop(unit)
             # What is on disk is read from there, so an edit in place must get there.
             lost = edited and unit.component.on_disk
             if unit.state is State.OFFLOADED and (lost or not unit.weights.is_intact()):
                 self._transfers.take_over(unit)
 
     def notice_silent_edits(self, component: Component) -> None:
-        """Before a call: what was done to weights without a trace (`weight.data.add_()`) counts, or is refused."""
-        self.packed.refuse_silent_edits(component.streamed)
+        """Before a call: what was done to weights without a trace (`weight.data.add_()`) counts."""
         if not component.on_disk:
             return
         for unit in self.disk.silently_edited(component.streamed):
             if unit.state in WAITING:
-                self._drop(unit)
+                self.loads.drop(unit)
             if unit.state is State.OFFLOADED:
                 self._transfers.take_over(unit)
-
-    def _drop(self, unit: Unit) -> None:
-        """The bytes of `unit` are free for whatever `load` does next."""
-        if unit.used:
-            self.streams.load.wait_event(unit.done)
-        elif isinstance(unit.weights.host, PackedMemory):  # it may still be unpacked, on another stream
-            self.streams.load.wait_event(unit.ready)
-        if unit.floats and unit.state is State.LOADING:
-            self._afloat.remove(unit)
-        unit.state = State.OFFLOADED
-        if unit.borrows:
-            unit.weights.place(None)
-            unit.borrows = False
-        else:
-            self.arena.lying.remove(unit)
 
     def _retire(self, unit: Unit, stream: Any) -> None:
         """The unit's use is over: what it reads is the host's again, its bytes may be overwritten."""
@@ -443,13 +356,13 @@ class Engine:
             if unit.floats and next(self.homes.order.upcoming(), None) == unit.number:
                 self._lingers = unit
             else:
-                self._drop(unit)
+                self.loads.drop(unit)
 
     def _let_linger(self, coming: Unit) -> None:
         """A unit that was expected to be used again lies there still: if another one comes, it goes."""
         unit, self._lingers = self._lingers, None
         if unit is not coming and unit.state is State.READY and unit.borrows and not unit.keeps:
-            self._drop(unit)
+            self.loads.drop(unit)
 
     def _clear(self, units: list[Unit]) -> None:
         """Take units out of the arena, and their views with them."""
@@ -457,7 +370,7 @@ class Engine:
             if unit.state is State.IN_USE:
                 self._retire(unit, unit.stream)
             if unit in self.arena.lying or unit.borrows:
-                self._drop(unit)
+                self.loads.drop(unit)
             unit.weights.place(None)
             unit.slot = None
 
@@ -484,7 +397,7 @@ class Engine:
             freed += self._stems.send_away(component)
             for unit in component.streamed:
                 if unit.keeps and unit.borrows:
-                    self._drop(unit)
+                    self.loads.drop(unit)
                     freed += unit.nbytes
             if coming is not None:
                 self._turns.displaced(component, coming)
@@ -521,3 +434,10 @@ class Engine:
     def restore_random(self) -> None:
         """The generators are as they were when the last forward began."""
         self.streams.restore_random(self._random)
+
+    def random_changed(self) -> bool:
+        """Whether somebody has drawn random numbers since the forward under way began."""
+        before, now = self._random, self.streams.random_state()
+        if isinstance(now, torch.Tensor):
+            return not torch.equal(before, now)
+        return not all(torch.equal(one, other) for one, other in zip(before, now, strict=True))

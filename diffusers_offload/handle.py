@@ -60,7 +60,7 @@ class OffloadHandle:
         streams = open_streams(device)
         budget = DeviceBudget(limits.device, streams) if limits.device else None
         for_disk = limits.host - self.plan.host_bytes if limits.host is not None else None
-        self._engine = Engine(streams, budget, request.storage, for_disk)
+        self._engine = Engine(streams, budget, request.storage, for_disk, request.pair_passes)
         self._held: dict[str, Held] = {}
         try:
             self.take_in(targets)
@@ -107,6 +107,9 @@ class OffloadHandle:
             bytes_loaded=counters.bytes_loaded,
             write_backs=counters.write_backs,
             shortages=counters.shortages,
+            paired=counters.paired,
+            discarded=counters.discarded,
+            unpaired={c.name: c.pairs.reason for c in self._engine.components if c.pairs and c.pairs.reason},
             transfer_ms=transfer,
             stall_ms=stall,
             host_bytes=sum(map(_host_bytes, units)) + buffers,

@@ -17,12 +17,22 @@ from .log import logger
 from .packing import unpacks_fast
 from .statedicts import TrueStates
 from .target import Target, build_component, owners_in
+from .tiers.mapped import veil_of
 from .tiers.packedmemory import PackedMemory
 from .units import own_tensors, tensors_of
 
 if TYPE_CHECKING:
     from .handle import OffloadHandle
 
+# Methods of models (Diffusers', torch's) that work on the weights themselves.
+_EDITORS = (
+    "fuse_lora",
+    "unfuse_lora",
+    "load_lora_adapter",
+    "fuse_qkv_projections",
+    "unfuse_qkv_projections",
+    "load_state_dict",
+)
 _SMALL = 64 * 2**20  # bytes of a component that `.to(device)` brings at once
 
 
@@ -58,11 +68,14 @@ class Held:
             if id(part) not in taken:
                 self._add(part, hooks.StemHook(self.engine, self.component))
         self._shadowed = {"to": self._guarded_to()}
+        may_be_packed = self._may_be_packed()
+        if may_be_packed:
+            self._shadowed |= self._suspending_editors()
         for name in hooks.entries(self.module):
             self._shadowed[name] = self._hooks[0][1].entry(self.module, getattr(self.module, name))
         self.module.__dict__.update(self._shadowed)
         self._tensors = {id(tensor) for tensor in tensors_of(self.module)}
-        self._states = TrueStates(self.engine, self.component) if self._may_be_packed() else None
+        self._states = TrueStates(self.engine, self.component) if may_be_packed else None
 
     def _may_be_packed(self) -> bool:
         """Whether tensors look at what stands in for them, now or when they have been edited."""
@@ -83,12 +96,16 @@ class Held:
             hook.retired = True
             hooks.detach(module, hook)
 
-    def check(self) -> None:
+    def check(self, edited: bool = False) -> None:
         """See what others did to the component since the last call; raise if it cannot go on.
 
         It is taken apart anew if it holds other tensors than before (adapters, fused projections) or tensors of
         other shapes, or if it was seen to use weights in other places than their unit's forward.
+
+        Args:
+            edited: while it was suspended, so that its true weights were to be read.
         """
+        self.engine.packed.refuse_edits(self.component.streamed)
         # What others own was watched, too, while this one ran it.
         for owner in [
             each for each in self.component.needs if each.strays and each in self.engine.components
@@ -101,6 +118,8 @@ class Held:
                 hook.detach_hook(module)
         same = {id(tensor) for tensor in tensors_of(self.module)} == self._tensors
         same = same and all(unit.weights.keeps_layout() for unit in self.component.units)
+        if not same and not edited:
+            self._refuse_copies()
         if not same or not set(self.component.needs) <= set(self.engine.components):
             logger.info("%s holds other weights than before: taking it apart anew", self.component.name)
             self.renew()
@@ -116,6 +135,18 @@ class Held:
             self._pack()
         self.component.checked = True
 
+    def _refuse_copies(self) -> None:
+        """Raise RuntimeError if it holds new weights that were computed from what stands in for packed ones.
+
+        What looks at a packed file itself is not: it gets its true values when the component is taken apart anew.
+        """
+        hosts = (unit.weights.host for component in self.engine.components for unit in component.streamed)
+        if any(isinstance(host, PackedMemory) for host in hosts):
+            owned = owners_in(self.engine.components)
+            named = (*self.module.named_parameters(), *self.module.named_buffers())
+            new = {f"{self.component.name}.{path}": t for path, t in named if id(t) not in owned}
+            self.engine.packed.refuse_copies({path: t for path, t in new.items() if veil_of(t) is None})
+
     def _gains_by_packing(self) -> bool:
         """Whether it waited for the bus, and less may be sent over it."""
         budget, device = self.engine.budget, self.engine.device
@@ -127,7 +158,13 @@ class Held:
         self.target = self.target.packed()
         if self._states is None:
             self._states = TrueStates(self.engine, self.component)
-        self.engine.roster.pack(self.component)
+            editors = self._suspending_editors()
+            self._shadowed |= editors
+            self.module.__dict__.update(editors)
+        try:
+            self.engine.roster.pack(self.component)
+        except (RuntimeError, MemoryError) as error:  # it would be faster, but goes on as it is
+            logger.warning("%s: not all of it could be packed: %s", self.component.name, error)
         for handle in self.owners:
             handle.remember(self)
 
@@ -149,7 +186,7 @@ class Held:
                 engine.suspended.discard(self.module)
                 if self.component in engine.components:  # not given back meanwhile
                     self.component.checked = False
-                    self.check()
+                    self.check(edited=True)
 
     def fit(self, shapes: tuple) -> None:
         """Before a forward with inputs of these shapes: take smaller units if the budget is too small for these."""
@@ -160,7 +197,7 @@ class Held:
         feared = self.target.policy.granularity == "block" and budget.may_be_exceeded_by(
             component, shapes, weights
         )
-        if feared or budget.exceeded_by(component):
+        if feared or budget.exceeded_by(component, shapes):
             logger.info(
                 "%s: the memory bound is small for these inputs, so it streams in units of a %s",
                 component.name,
@@ -229,6 +266,8 @@ class Held:
                 hook.component = self.component
             raise
         self.component = after
+        if before.pairs is not None:
+            before.pairs.forget()
         self._adopt_hooks()
 
     def _take_in(self) -> None:
@@ -273,6 +312,8 @@ class Held:
         """The component's own hook is gone: take the others off, give the weights back."""
         with self.engine.lock:
             self.engine.roster.release(self.component)
+            if self.component.pairs is not None:
+                self.component.pairs.forget()
             self._detach_inside()
             self._hooks = []
             for handle in self.owners:
@@ -290,6 +331,20 @@ class Held:
     def _add(self, module: nn.Module, hook: hooks.EngineHook) -> None:
         hooks.attach(module, hook)
         self._hooks.append((module, hook))
+
+    def _suspending_editors(self) -> dict[str, Any]:
+        """Methods of the module that read or write weights, by name: they find the true ones."""
+
+        def suspending(editor: Any) -> Any:
+            @wraps(editor)
+            def edit(*args: Any, **kwargs: Any) -> Any:
+                with self.suspended():
+                    return editor(*args, **kwargs)
+
+            return edit
+
+        methods = {name: getattr(self.module, name, None) for name in _EDITORS}
+        return {name: suspending(method) for name, method in methods.items() if callable(method)}
 
     def _guarded_to(self) -> Any:
         """`module.to` that keeps the device ours and lets dtype and memory format through."""

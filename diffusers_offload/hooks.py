@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
+from threading import get_ident
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
@@ -15,6 +16,9 @@ from torch import nn
 from . import guards, recovery
 from .component import Component, State, Unit
 from .engine import Engine
+from .inputs import elsewhere, shapes_of
+from .pairing.pairs import Meeting, Pairs
+from .pairing.together import run_together
 
 _ATTEMPTS = 16  # times that a forward is run again: each leaves less on the device
 _MARKER = "diffusers.utils.accelerate_utils"  # where the decorator's wrapper is from
@@ -95,9 +99,9 @@ class EngineHook(ModelHook):
             return args, kwargs
         skip = getattr(module, "_skip_keys", None) or ()
         skip = (skip,) if isinstance(skip, str) else skip
-        args = tuple(send_to_device(v, device) if _elsewhere(v, device) else v for v in args)
+        args = tuple(send_to_device(v, device) if elsewhere(v, device) else v for v in args)
         kwargs = {
-            key: send_to_device(v, device) if key not in skip and _elsewhere(v, device) else v
+            key: send_to_device(v, device) if key not in skip and elsewhere(v, device) else v
             for key, v in kwargs.items()
         }
         return args, kwargs
@@ -111,6 +115,7 @@ class ComponentHook(EngineHook):
         self.component = component
         self.held = held
         self._detached = False
+        self._meetings: dict[int, Meeting | None] = {}  # by thread: of the calls that have begun
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         module = super().init_hook(module)
@@ -122,15 +127,31 @@ class ComponentHook(EngineHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         with self.engine.lock:  # a second thread waits here until the first one's call, or forward, is over
-            if not self.component.checked and not self.engine.busy:
-                self.held.check()
-            # Diffusers calls this without arguments for methods that use the component past its forward, and
-            # never calls `post_forward`. Those of an autoencoder we guard ourselves (`entry`).
-            args, kwargs = self.send(module, args, kwargs)
-            if args or kwargs:
-                self._enter(args, kwargs)
-            else:
-                self.engine.touch(self.component)
+            self._check()
+            meeting = self._meet(args, kwargs)
+            self._meetings[get_ident()] = meeting
+            if meeting is not None and meeting.result is not None:
+                return args, kwargs
+            return self._begin(module, args, kwargs, meeting)
+
+    def _check(self) -> None:
+        if not self.component.checked and not self.engine.busy:
+            self.held.check()
+
+    def _meet(self, args: tuple, kwargs: dict) -> Meeting | None:
+        if self.engine.busy or not (args or kwargs):
+            return None
+        self.component.pairs = self.component.pairs or Pairs(self.engine, self.component)
+        return self.component.pairs.meet(args, kwargs)
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict, meeting: Meeting | None = None) -> tuple:
+        # Diffusers calls this without arguments for methods that use the component past its forward, and
+        # never calls `post_forward`. Those of an autoencoder we guard ourselves (`entry`).
+        args, kwargs = self.send(module, args, kwargs)
+        if args or kwargs:
+            self.enter(args, kwargs, meeting)
+        else:
+            self.engine.touch(self.component)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -141,16 +162,24 @@ class ComponentHook(EngineHook):
         """`forward`, run again where that helps."""
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
+            meeting = self._meetings.pop(get_ident(), None)
+            if meeting is not None and meeting.result is not None:
+                return meeting.result[0]
             inputs = recovery.Inputs(args, kwargs)
             given = (args, kwargs)
 
             def run() -> Any:
-                return forward(*given[0], **given[1])
+                if meeting is not None and meeting.take_followers():
+                    return run_together(self, module, forward, meeting, inputs)
+                output = forward(*given[0], **given[1])
+                if meeting is not None:
+                    meeting.pairs.ran(meeting, output, inputs.again(), given)
+                return output
 
             def before_again() -> None:
                 nonlocal given
                 given = inputs.again()
-                self._enter(*given)
+                self.enter(*given)
 
             return self._persist(run, inputs.intact, before_again)
 
@@ -162,16 +191,23 @@ class ComponentHook(EngineHook):
 
         @functools.wraps(method)
         def entry(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = self.pre_forward(module, *args, **kwargs)
+            with self.engine.lock:
+                self._check()
+                self._meetings.pop(get_ident(), None)
+                args, kwargs = self._begin(module, args, kwargs)
             return self.post_forward(module, guarded(*args, **kwargs))
 
         return entry
 
-    def _enter(self, args: tuple, kwargs: dict) -> None:
+    def enter(self, args: tuple, kwargs: dict, meeting: Meeting | None = None) -> None:
+        """A forward with these inputs begins; together with its followers, if `meeting` has any that may."""
         shapes = ()
         if self.engine.budget is not None:
-            shapes = _shapes(args, kwargs)
-            if not self.engine.busy:
+            shapes = shapes_of(args, kwargs)
+            together = meeting.shapes(shapes) if meeting is not None else None
+            if together is not None:
+                shapes = together
+            elif not self.engine.busy:
                 self.held.fit(shapes)
         self._persist(lambda: self.engine.enter(self.component, shapes), lambda: True, lambda: None)
 
@@ -247,6 +283,9 @@ class UnitHook(EngineHook):
         return super().init_hook(module)
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        passes = self.engine.passes
+        if passes is not None:
+            passes.before(self.unit)
         if torch.is_grad_enabled():
             self._refuse_gradients((*self.unit.weights.tensors, *args, *kwargs.values()))
         if not self.unit.component.depth:
@@ -257,7 +296,12 @@ class UnitHook(EngineHook):
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
+        passes = None if self.opening else self.engine.passes
+        if passes is not None:
+            passes.make_way(self.unit)
         self.engine.release(self.unit)
+        if passes is not None:
+            passes.done()
         if torch.is_grad_enabled():  # an input may hide in a list or an object: what comes out tells
             self._refuse_gradients(output if isinstance(output, (list, tuple)) else (output,))
         return output
@@ -303,21 +347,6 @@ def _keep_later_wrappers(module: nn.Module) -> None:
                 setattr(reference, slot, getattr(inner, "unguarded", inner))
                 module._old_forward = outermost
                 return
-
-
-def _elsewhere(value: Any, device: torch.device) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.device != device and value.dim() > 0
-    if isinstance(value, (list, tuple)):
-        return any(_elsewhere(item, device) for item in value)
-    return isinstance(value, dict) and any(_elsewhere(item, device) for item in value.values())
-
-
-def _shapes(args: tuple, kwargs: dict) -> tuple:
-    """The shapes of the tensors that a forward is given, in lists as well."""
-    given = [*args, *kwargs.values()]
-    tensors = [t for value in given for t in (value if isinstance(value, (list, tuple)) else (value,))]
-    return tuple(t.shape for t in tensors if isinstance(t, torch.Tensor))
 
 
 _Hook = TypeVar("_Hook", bound=EngineHook)

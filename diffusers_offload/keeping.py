@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from .budget import Choice, DeviceBudget, Reading
 from .component import Component, Unit
 from .homes import Homes
+from .loads import Loads
 from .recovery import is_out_of_memory
 from .roster import Roster
 from .streams import Streams
 
 if TYPE_CHECKING:
     from .tiers.disk import DiskTier
+    from .tiers.packed import PackedTier
 
 
 class Keeping:
@@ -21,9 +23,8 @@ class Keeping:
 
     Args:
         budget: decides; None where nobody has set a bound.
-        disk: where weights are kept on disk, if any may be.
-        drop: frees a unit's bytes.
-        prefetch: queues what can be loaded next.
+        disk: where weights are kept on disk, if any may be; `packed` unpacks them.
+        loads: frees a unit's bytes, and queues what can be loaded next.
     """
 
     def __init__(
@@ -33,17 +34,17 @@ class Keeping:
         roster: Roster,
         homes: Homes,
         disk: DiskTier | None,
-        drop: Callable[[Unit], None],
-        prefetch: Callable[[], None],
+        packed: PackedTier,
+        loads: Loads,
     ) -> None:
         self.budget = budget
         self._streams = streams
         self._roster = roster
         self._homes = homes
         self._disk = disk
+        self._packed = packed
         self._read = (0, 0.0)  # bytes and seconds when the forward under way began
-        self._drop = drop
-        self._prefetch = prefetch
+        self._loads = loads
 
     def begin(self, component: Component, shapes: tuple) -> Any:
         """An outermost forward of `component` begins; returns the stopwatch that is to time it, if one is.
@@ -96,7 +97,7 @@ class Keeping:
         self._mark(component, kept)
         if component.homed:
             self._homes.assign(component, component.order)
-        self._prefetch()
+        self._loads.prefetch()
 
     def keep_nothing(self) -> bool:
         """No streamed unit stays any longer; returns whether that changed anything."""
@@ -113,12 +114,13 @@ class Keeping:
         stems = sum(c.stem_bytes for c in components if c.present)
         own_buffers = sum(unit.nbytes for unit in self._homes.units if unit.borrows)
         residents = sum(c.resident_bytes for c in components)
-        return stems + own_buffers + residents + self._homes.arena.capacity
+        return stems + own_buffers + residents + self._homes.arena.capacity + self._packed.staging_bytes
 
     def standing_bytes(self, component: Component) -> int:
         """Weights on the device while `component` runs, but for what it keeps by way of the budget."""
         residents = sum(c.resident_bytes for c in self._roster.components)
-        return residents + self._homes.arena.capacity + component.stem_bytes
+        staging = self._packed.staging_bytes
+        return residents + self._homes.arena.capacity + staging + component.stem_bytes
 
     def _reading(self, component: Component) -> Reading:
         """What the disk is read for, at the rate that it had in this forward."""
@@ -145,7 +147,7 @@ class Keeping:
         for unit in component.streamed:
             unit.keeps = unit in kept
             if unit.borrows and not unit.keeps:
-                self._drop(unit)
+                self._loads.drop(unit)
 
     def _contend(self, component: Component) -> None:
         """Components that alternate within a step and both keep units would only drop each other's."""

@@ -233,6 +233,7 @@ def _request(pipe: Any, modules: Mapping[str, nn.Module], offload: Mapping[str, 
         tuple(modules),
         offload.get("tier"),
         _storage(offload["offload_dir"], offload),
+        offload.get("pair_passes"),
     )
 
 

@@ -165,7 +165,13 @@ def _enable(
         arguments["pack_on_disk"],
     )
     request = parse_request(
-        arguments["offload_granularity"], arguments["offload_ratio"], asked, names, arguments["tier"], storage
+        arguments["offload_granularity"],
+        arguments["offload_ratio"],
+        asked,
+        names,
+        arguments["tier"],
+        storage,
+        arguments["pair_passes"],
     )
     present = owner._offloadable_modules()
     arguments["components"] = narrowed(request, present, base_name).by_name

@@ -48,6 +48,7 @@ class BlockOffloadMixin:
         pack_on_disk: bool | None = None,
         components: Mapping[str, str | OffloadPolicy] | None = None,
         config: str | os.PathLike | Mapping[str, Any] | OffloadConfig | None = None,
+        pair_passes: bool | None = None,
     ) -> None:
         """Stream the weights of this pipeline to the device block by block while it computes.
 
@@ -89,6 +90,11 @@ class BlockOffloadMixin:
             components: per component a word as above, or an `OffloadPolicy`.
             config: LightX2V's configuration: the path of its JSON file, a dict, or an `OffloadConfig`. It stands for
                 the arguments above; those that are given as well win, `components` name by name.
+            pair_passes: whether calls of a component that belong to one denoising step (guidance: the prompt, then
+                the negative one) run together, unit by unit, so that the weights come once for both. None: where
+                copying, not computing, is the limit; True: also where it is not; False: never. Once it is known
+                which calls they are, that is rehearsed and compared to the bit. Needs memory for the activations of
+                each.
 
         Raises:
             TypeError: `config` is of another type.
@@ -98,7 +104,9 @@ class BlockOffloadMixin:
         device = find_device(device)
         modules = self._offloadable_modules()
         storage = parse_storage(offload_dir, num_disk_workers, cache_policy, pack_on_disk)
-        request = parse_request(offload_granularity, offload_ratio, components, tuple(modules), tier, storage)
+        request = parse_request(
+            offload_granularity, offload_ratio, components, tuple(modules), tier, storage, pair_passes
+        )
         limit = parse_bytes("max_device_memory", max_device_memory)
         refuse_device_map(self)
         before = self.block_offload
@@ -199,6 +207,7 @@ def enable_block_offload(
     cache_policy: str = "static",
     pack_on_disk: bool | None = None,
     name: str = "module",
+    pair_passes: bool | None = None,
 ) -> OffloadHandle:
     """Offload one module outside a pipeline.
 
@@ -207,6 +216,7 @@ def enable_block_offload(
         device, offload_granularity, offload_ratio, max_device_memory, max_host_memory, tier, offload_dir,
             num_disk_workers, cache_policy, pack_on_disk: as for a pipeline.
         name: what messages and the plan call it.
+        pair_passes: as for a pipeline.
 
     Returns:
         The handle; `handle.disable()` undoes it.
@@ -224,7 +234,7 @@ def enable_block_offload(
         )
     device = find_device(device)
     storage = parse_storage(offload_dir, num_disk_workers, cache_policy, pack_on_disk)
-    request = parse_request(offload_granularity, offload_ratio, None, (name,), tier, storage)
+    request = parse_request(offload_granularity, offload_ratio, None, (name,), tier, storage, pair_passes)
     if held_policy(module) is not None:
         raise ValueError(f"{name} is offloaded already: disable its handle first")
     limits = limits_for(

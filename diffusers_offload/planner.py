@@ -87,6 +87,7 @@ class Plan:
 
     device: str
     components: tuple[ComponentPlan, ...]
+    staging_bytes: int = 0  # on the device, of what packed weights pass through
 
     @property
     def arena_bytes(self) -> int:
@@ -97,7 +98,8 @@ class Plan:
     def device_bytes(self) -> int:
         """Most bytes of weights on the device at once, where no two components alternate."""
         running = max((c.stem_bytes + c.floating_bytes for c in self.components), default=0)
-        return self.arena_bytes + running + sum(c.resident_bytes for c in self.components)
+        resident = sum(component.resident_bytes for component in self.components)
+        return self.arena_bytes + self.staging_bytes + running + resident
 
     @property
     def host_bytes(self) -> int:
@@ -183,6 +185,8 @@ def check_budget(plan: Plan, limit: int, given: bool = True, others: int = 0) ->
     if missing <= 0:
         return
     parts = [f"{size_text(plan.arena_bytes)} for the arena (two units)"] if plan.arena_bytes else []
+    if plan.staging_bytes:
+        parts.append(f"{size_text(plan.staging_bytes)} that packed weights pass through")
     largest = max(plan.components, key=lambda component: component.stem_bytes + component.floating_bytes)
     if largest.stem_bytes:
         parts.append(f"{size_text(largest.stem_bytes)} for what of {largest.name} does not stream")

@@ -172,6 +172,7 @@ class Request:
     decides: bool = False  # what of a component streams is left to us
     storage: Storage | None = None  # of what is kept on disk
     tier: str | None = None  # that was asked for; None: left to us
+    pair_passes: bool | None = None  # whether guidance passes run for one load; None: where that gains
 
     def policy_for(self, component: str) -> OffloadPolicy:
         return self.by_name.get(component, self.default)
@@ -184,6 +185,7 @@ def parse_request(
     known: tuple[str, ...],
     tier: str | None = None,
     storage: Storage | None = None,
+    pair_passes: bool | None = None,
 ) -> Request:
     """Turn the arguments of `enable_block_offload` into a `Request`.
 
@@ -194,6 +196,10 @@ def parse_request(
     Raises:
         ValueError: an argument is wrong; the message names it, its value and what to write instead.
     """
+    if pair_passes is not None and not isinstance(pair_passes, bool):
+        raise ValueError(
+            f"pair_passes={quoted(pair_passes)} is not known; use True, False, or None to pair passes where that gains"
+        )
     default = OffloadPolicy(check_granularity("offload_granularity", offload_granularity))
     if tier is not None:
         default = replace(default, tier=check_word("tier", tier, TIERS))
@@ -223,7 +229,7 @@ def parse_request(
     if storage is None and (default.tier == "disk" or on_disk):
         what = f"components[{on_disk[0]!r}] has tier='disk'" if on_disk else "tier='disk'"
         raise ValueError(f"{what}, which needs offload_dir: give a folder with room for the weights")
-    return Request(default, by_name, default.streams and offload_ratio is None, storage, tier)
+    return Request(default, by_name, default.streams and offload_ratio is None, storage, tier, pair_passes)
 
 
 def _parse_policy(name: str, wanted: str | OffloadPolicy, ratio: float | None, tier: str) -> OffloadPolicy:

@@ -99,6 +99,9 @@ class Report:
         shortages: forwards that ran out of device memory and were run again with less of it.
         transfer_ms: device time of the copies that were timed (`measured()`), None if none were.
         stall_ms: device time that units waited for their copy, None likewise.
+        paired: calls that were answered at once, having been computed together with an earlier one.
+        discarded: results that were computed so for calls that did not come; `unpaired` says why the passes of a
+            component are not run together, where they might be.
         predictions: per component that a budget has measured, what a forward is predicted to take.
         host_bytes: bytes of host memory that hold weights; `pinned_bytes` of them are pinned.
         packed: what packing does, None where nothing is packed.
@@ -115,6 +118,9 @@ class Report:
     bytes_loaded: int
     write_backs: int
     shortages: int
+    paired: int
+    discarded: int
+    unpaired: Mapping[str, str]
     transfer_ms: float | None
     stall_ms: float | None
     host_bytes: int
@@ -141,6 +147,8 @@ class Report:
             ("moved to the device", f"{size_text(self.bytes_loaded)} in {self.loads} loads"),
             ("written back", f"{self.write_backs} tensors"),
             *([("out of memory, run again", f"{self.shortages}")] if self.shortages else []),
+            *([("answered from a pair", f"{self.paired} calls")] if self.paired else []),
+            *([("computed and not asked for", f"{self.discarded} passes")] if self.discarded else []),
             ("host memory", f"{size_text(self.host_bytes)} ({size_text(self.pinned_bytes)} pinned)"),
             ("peak device memory", size_text(self.peak_bytes) if self.peak_bytes else "not counted"),
             ("arena", size_text(self.arena_bytes)),
@@ -148,6 +156,7 @@ class Report:
             *(self.packed.rows() if self.packed is not None else []),
             *(self.disk.rows() if self.disk is not None else []),
         ]
+        rows += [(f"passes of {name}", f"one by one: {why}") for name, why in self.unpaired.items()]
         for name, prediction in self.predictions.items():
             rows.append(
                 (
@@ -200,6 +209,8 @@ class Counters:
     bytes_loaded: int = 0
     write_backs: int = 0
     shortages: int = 0
+    paired: int = 0
+    discarded: int = 0
     timing: bool = False
     streams: Streams | None = None
     _copies: list[tuple[Any, Any]] = field(default_factory=list)  # (copy begins, copy ends)
@@ -209,8 +220,8 @@ class Counters:
 
     def reset(self) -> None:
         """Count from zero again."""
-        for counted in ("forwards", "uses", "misses", "loads", "bytes_loaded", "write_backs", "shortages"):
-            setattr(self, counted, 0)
+        self.forwards = self.uses = self.misses = self.loads = self.bytes_loaded = 0
+        self.write_backs = self.shortages = self.paired = self.discarded = 0
         for timed in (self._copies, self._waits, self._unpacks, self._ends):
             timed.clear()
 

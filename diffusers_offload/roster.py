@@ -67,6 +67,7 @@ class Roster:
         """Put `after` in the place of `before`, the same module taken apart anew; units in both stay put."""
         self._withdraw(before)
         self.streams.synchronize(f"copies of {before.name}, whose memory is about to go")
+        self._transfers.packed.refuse_edits(before.streamed)
         staying = set(after.units)
         origin = {}
         home = next((unit.weights.origin[0] for unit in before.units), None)  # also of what has come since
@@ -115,10 +116,8 @@ class Roster:
             yield from self._transfers.disk.put(component, moving)
             return
         if component.packs:  # how much memory a unit takes is known when it is packed
-            for unit in moving:
-                self._transfers.unveil(unit)
-                self._transfers.put(unit)
-                yield unit
+            with closing(self._transfers.put_each(moving)) as there:
+                yield from there
             return
         # Closed, or its threads would live as long as the error that a failure ends in.
         with closing(self._transfers.tier.prepare([unit.nbytes for unit in moving])) as memory:
@@ -142,6 +141,7 @@ class Roster:
             return
         self._withdraw(component)
         self.streams.synchronize(f"copies of {component.name}, whose memory is about to go")
+        self._transfers.packed.refuse_edits(component.streamed)
         try:
             for unit in component.units:
                 self._transfers.reveal(unit)
@@ -169,13 +169,19 @@ class Roster:
         self._withdraw(component)
         self.streams.synchronize(f"copies of {component.name}, whose memory is about to go")
         component.tier = "packed"
-        for unit in component.streamed:
-            fresh = renewed(unit.weights)  # laid out for where the tensors look now
-            packed = self._transfers.packed.pack(fresh)
-            if packed is not None:
-                fresh.move_to_host(packed, filled=True)
-                unit.weights = fresh
-        self._forget(component)  # what was measured was measured with more to copy
+        # Laid out for where the tensors look now.
+        fresh = [renewed(unit.weights) for unit in component.streamed]
+        try:
+            with closing(self._transfers.packed.pack_each(fresh)) as all_packed:
+                for unit, weights, packed in zip(component.streamed, fresh, all_packed, strict=True):
+                    if packed is not None:
+                        unit.weights = (
+                            weights  # first: an interrupt in between finds tensors to be taken over
+                        )
+                        weights.move_to_host(packed, filled=True)
+        finally:
+            self._forget(component)  # what was measured was measured with more to copy
+            self.homes.fit()
 
     def stream_again(self, unit: Unit) -> None:
         """Undo `make_resident`."""
@@ -196,6 +202,7 @@ class Roster:
         if component not in self.components or unit not in component.streamed:
             return
         self._clear([unit])
+        self._transfers.packed.refuse_edits([unit])
         self._transfers.reveal(unit)
         unit.weights = renewed(unit.weights)
         self._transfers.settle(unit)
@@ -208,6 +215,7 @@ class Roster:
         """True weights on the host within; whatever was changed is taken over afterwards."""
         with self.lock:
             self._withdraw(component)
+            self._transfers.packed.refuse_edits(component.streamed)
             for unit in component.streamed:
                 self._transfers.reveal(unit)
             try:
@@ -217,6 +225,7 @@ class Roster:
                     self._take_edits(component)
 
     def _take_edits(self, component: Component) -> None:
+        component.edited()
         for unit in [*component.stem, *component.streamed]:
             edited = component.on_disk and unit.weights.note_edits()
             host = unit.weights.host

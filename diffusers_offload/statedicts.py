@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import slab
-from .component import Component, State, Unit
+from .component import Component, State
 from .engine import Engine
 from .tiers.packedmemory import PackedMemory
 from .units import own_tensors
@@ -24,7 +26,7 @@ class TrueStates:
     def __init__(self, engine: Engine, component: Component) -> None:
         self._engine = engine
         self._unit_of = {id(t): unit for unit in component.streamed for t in unit.weights.tensors}
-        self._latest: tuple[Unit, weakref.ref[torch.UntypedStorage]] | None = None
+        self._latest: _Unpacked | None = None
 
         def fill_in(*args: Any) -> None:  # torch marks the function, which it cannot do to a method
             self._fill_in(*args)
@@ -49,14 +51,29 @@ class TrueStates:
                 host = unit.weights.host
                 if isinstance(host, PackedMemory) and host.is_blank(tensor):
                     index = next(i for i, each in enumerate(unit.weights.tensors) if each is tensor)
-                    state[prefix + name] = slab.views(unit.weights.layout, self._raw(unit))[index]
+                    state[prefix + name] = slab.views(
+                        unit.weights.layout, self._raw(host, unit.nbytes, state)
+                    )[index]
 
-    def _raw(self, unit: Unit) -> torch.Tensor:
-        """The unit's slab, once for all of its tensors if they are asked for one after the other."""
-        storage = self._latest[1]() if self._latest is not None and self._latest[0] is unit else None
-        if storage is not None:  # somebody holds one of its tensors still
-            with torch.inference_mode(False):
-                return torch.empty(0, dtype=torch.uint8).set_(storage)
-        data = self._engine.packed.raw(unit.weights.host, unit.nbytes)
-        self._latest = unit, weakref.ref(data.untyped_storage())
+    def _raw(self, host: PackedMemory, nbytes: int, state: dict[str, Any]) -> torch.Tensor:
+        """A unit's slab, once for all of its tensors that one `state` comes to hold one after the other."""
+        latest = self._latest
+        if latest is not None and latest.host() is host and latest.state() is state:
+            storage = latest.storage()
+            if storage is not None:
+                with torch.inference_mode(False):
+                    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+        data = self._engine.packed.raw(host, nbytes)
+        self._latest = None
+        if isinstance(state, OrderedDict):  # another kind, given by the user, cannot be referred to
+            self._latest = _Unpacked(*map(weakref.ref, (host, state, data.untyped_storage())))
         return data
+
+
+@dataclass(frozen=True)
+class _Unpacked:
+    """The slab that was unpacked last: from what, for what state, and to where."""
+
+    host: weakref.ref[PackedMemory]
+    state: weakref.ref[OrderedDict]
+    storage: weakref.ref[torch.UntypedStorage]

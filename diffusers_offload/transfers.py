@@ -6,7 +6,8 @@ users: the allocator reuses memory in the order of the stream, so it cannot hand
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,18 +114,27 @@ class Transfers:
         self.tier.load(source, buffer)
         return self._streams.load
 
-    def put(self, unit: Unit, host: HostMemory | None = None) -> None:
-        """Move a unit to host memory, packed where its component wants that and it gains by it.
+    def put_each(self, units: Sequence[Unit]) -> Iterator[Unit]:
+        """Move units to host memory, packed where their component wants that and they gain by it; stems are not.
 
-        Args:
-            host: memory for it as it is; it is allocated if None.
+        Yields each unit once it is there.
         """
-        weights = unit.weights
-        packed = self.packed.pack(weights) if unit.component.packs and unit.modules else None
-        if packed is not None:
-            weights.move_to_host(packed, filled=True)
-        else:
-            weights.move_to_host(host or self.tier.allocate(weights.nbytes))
+
+        def packing() -> Iterator[Weights]:
+            for unit in units:
+                if unit.component.packs and unit.modules:
+                    self.unveil(unit)
+                    yield unit.weights
+
+        with closing(self.packed.pack_each(packing())) as all_packed:
+            for unit in units:
+                packed = next(all_packed) if unit.component.packs and unit.modules else None
+                self.unveil(unit)
+                if packed is not None:
+                    unit.weights.move_to_host(packed, filled=True)
+                else:
+                    unit.weights.move_to_host(self.tier.allocate(unit.nbytes))
+                yield unit
 
     def reveal(self, unit: Unit) -> None:
         """The host holds the unit's weights as they are: before they go elsewhere, or somebody edits them."""
@@ -132,7 +142,8 @@ class Transfers:
         if isinstance(host, PackedMemory):
             veil = host if isinstance(host, DiskMemory) else None
             data = self.disk.spare_memory(unit.nbytes) if veil is not None else None
-            unit.weights.reveal(RevealedMemory(self.packed.raw(host, unit.nbytes, data), False, veil))
+            revealed = RevealedMemory(self.packed.raw(host, unit.nbytes, data), False, veil)
+            unit.weights.reveal(revealed, host.blank)
 
     def unveil(self, unit: Unit) -> None:
         """Before a unit is taken in: its tensors may look at what stands in for them in a packed file."""
@@ -149,13 +160,16 @@ class Transfers:
         """
         host = unit.weights.host
         if isinstance(host, PackedMemory) and any(host.is_blank(unit.weights.tensors[i]) for i in changed):
-            self.reveal(unit)  # for good: what is written to again and again is not worth packing
+            # For good: what is written to again and again is not worth packing.
             if unit.component.on_disk:
                 with torch._C.DisableTorchFunction():  # who watches the forward must not take this for a use
+                    self.reveal(unit)
                     unit.weights.lay_out_anew()
                     self.disk.edit(unit, host, packs=False)
             else:
-                unit.weights.move_to_host(self.tier.allocate(unit.nbytes))
+                memory = self.tier.allocate(unit.nbytes)
+                memory.bytes.copy_(self.packed.raw(host, unit.nbytes))
+                unit.weights.reveal(memory, host.blank)
         streams = self._streams
         streams.evict.wait_stream(behind)
         before = streams.switch(streams.evict)
@@ -187,6 +201,7 @@ class Transfers:
     def take_over(self, unit: Unit) -> None:
         """Somebody gave the tensors other bytes (`tensor.data = ...`, `.to(dtype)`): these count now."""
         self._streams.synchronize(f"copies of {_path(unit)}, whose weights were replaced")
+        unit.component.edited()
         self.reveal(unit)
         before, unit.weights = unit.weights.host, renewed(unit.weights)
         if isinstance(before, RevealedMemory) and before.veil is not None:
@@ -194,7 +209,8 @@ class Transfers:
         if unit.component.on_disk:
             self.disk.edit(unit, before)
         else:
-            self.put(unit)
+            for _ in self.put_each([unit]):
+                pass
 
 
 def _path(unit: Unit) -> str:

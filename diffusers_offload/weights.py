@@ -68,21 +68,33 @@ class Weights:
 
     def stay_on_host(self, host: HostMemory) -> None:
         """Take the tensors as they lie: `host` holds them in the order of the layout, and goes on doing so."""
-        self.host = host
-        self._host_views = host.views(self.layout)
-        self._point_at(self._host_views)
+        views = host.views(self.layout)
+        self.host, self._host_views = host, views
+        self._point_at(views)
         self._host_addresses = [tensor.data_ptr() for tensor in self.tensors]
         self._versions = self._count_writes()
 
-    def reveal(self, host: HostMemory) -> None:
-        """The host holds the slab as it is from now on, in `host`; tensors that somebody replaced stay replaced."""
-        before = self._host_views
-        self.host = host
-        self._host_views = self.host.views(self.layout)
-        for tensor, blind, view in zip(self.tensors, before, self._host_views, strict=True):
-            if tensor.data_ptr() == blind.data_ptr():
-                tensor.data = view
-        self._host_addresses = [view.data_ptr() for view in self._host_views]
+    def reveal(self, host: HostMemory, stands_in: torch.Tensor) -> None:
+        """`host` holds the slab as it is from now on; tensors that somebody replaced stay replaced.
+
+        Args:
+            stands_in: for the slab until now (uint8). A tensor that looks at another place of it, or in another way
+                (`weight.data = weight.data.t()`), looks at the slab like that.
+        """
+        storage = stands_in.untyped_storage().data_ptr()
+        for tensor, blind, place in zip(self.tensors, self._host_views, self.layout.placements, strict=True):
+            if tensor.untyped_storage().data_ptr() == storage:
+                offset = tensor.data_ptr() - stands_in.data_ptr()
+            elif tensor.data_ptr() == blind.data_ptr():
+                offset = place.offset
+            else:
+                continue
+            there = slab.Placement(offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
+            (tensor.data,) = slab.views(slab.Layout((there,), (), 0), host.bytes)
+        views = host.views(
+            self.layout
+        )  # last: whoever is interrupted before finds what stood in, and begins again
+        self.host, self._host_views, self._host_addresses = host, views, [view.data_ptr() for view in views]
 
     def move_to_device(self, buffer: torch.Tensor) -> None:
         """Copy the tensors from where they are into `buffer` and stay there; the host keeps nothing."""
@@ -142,6 +154,13 @@ class Weights:
         """Whether the unbound tensors still point at the host bytes: false after `tensor.data = ...`."""
         return self._host_addresses == [tensor.data_ptr() for tensor in self.tensors]
 
+    def is_in_place(self, on_device: bool) -> bool:
+        """Whether the tensors point at the bytes on the device, or on the host, that they were given."""
+        views = self._device_views if on_device else self._host_views
+        return not views or all(
+            tensor.data_ptr() == view.data_ptr() for tensor, view in zip(self.tensors, views, strict=True)
+        )
+
     def is_undisturbed(self) -> bool:
         """Whether the tensors point where they were moved, on the host or to stay on the device."""
         if self.host is None and not self._device_views:  # not moved, or there already
@@ -171,6 +190,11 @@ class Weights:
         """The tensors that were written to since they were last bound, or noted, as far as that is counted."""
         pairs = zip(self._counting, self._versions, strict=True)
         return [tensor for tensor, before in pairs if tensor._version != before]
+
+    def replaced(self) -> list[torch.Tensor]:
+        """The unbound tensors that do not look at the host bytes any more."""
+        pairs = zip(self.tensors, self._host_addresses, strict=True)
+        return [tensor for tensor, address in pairs if tensor.data_ptr() != address]
 
     def note_edits(self) -> bool:
         """Whether the unbound tensors were replaced or written to since they were last bound, or noted.

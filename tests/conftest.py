@@ -65,3 +65,21 @@ def device(request) -> Iterator[str]:
     if request.node.get_closest_marker("edits_while_loading"):  # what was loaded is dropped, and loaded again
         races = [race for race in races if not race.startswith("write by the host")]
     assert not races, "\n".join(races[:5])
+
+
+@pytest.fixture
+def nobody_is_left_half_way(monkeypatch) -> Iterator[None]:
+    """Passes that take turns have all come to their end."""
+    from greenlet import greenlet
+
+    from diffusers_offload.pairing import passes
+
+    made = []
+
+    def make(run):
+        made.append(greenlet(run))
+        return made[-1]
+
+    monkeypatch.setattr(passes, "greenlet", make)
+    yield
+    assert all(each.dead for each in made)

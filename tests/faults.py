@@ -22,6 +22,7 @@ from torch.nn import functional
 from diffusers_offload import hooks, slab
 from diffusers_offload.demo.memory import host_bytes
 from diffusers_offload.engine import Engine
+from diffusers_offload.loads import Loads
 from diffusers_offload.stems import Stems
 from diffusers_offload.tiers import pinned
 from diffusers_offload.transfers import Transfers
@@ -66,7 +67,7 @@ PLACES = {
     "placing, interrupted": Place(Weights, "place", lambda: KeyboardInterrupt("while placing")),
     "acquire, interrupted": Place(Engine, "acquire", lambda: KeyboardInterrupt("before a unit")),
     "release, interrupted": Place(Engine, "release", lambda: KeyboardInterrupt("after a unit")),
-    "prefetch, interrupted": Place(Engine, "prefetch", lambda: KeyboardInterrupt("while loading ahead")),
+    "prefetch, interrupted": Place(Loads, "prefetch", lambda: KeyboardInterrupt("while loading ahead")),
     "enter, interrupted": Place(Engine, "enter", lambda: KeyboardInterrupt("before a component")),
     "leave, interrupted": Place(Engine, "leave", lambda: KeyboardInterrupt("after a component")),
     "stem, interrupted": Place(Stems, "bring", lambda: KeyboardInterrupt("before a stem")),

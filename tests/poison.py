@@ -21,6 +21,7 @@ from diffusers_offload import slab
 from diffusers_offload.component import State
 from diffusers_offload.engine import Engine
 from diffusers_offload.handle import OffloadHandle
+from diffusers_offload.loads import Loads
 from diffusers_offload.watch import watch_units
 from diffusers_offload.weights import Weights
 
@@ -62,27 +63,27 @@ def poisoned(handle: OffloadHandle, but: Iterable[str] = ()) -> Iterator[None]:
         for i in changed:
             true_views[id(weights)][i].copy_(weights._device_views[i], non_blocking=True)
 
-    retire, drop = Engine._retire, Engine._drop
+    retire, drop = Engine._retire, Loads.drop
 
     def retire_and_drop(engine: Engine, unit, stream) -> None:
         retire(engine, unit, stream)
         if unit.state is State.READY and not unit.keeps:
-            engine._drop(unit)
+            engine.loads.drop(unit)
 
-    def drop_and_overwrite(engine: Engine, unit) -> None:
-        buffer = unit.weights._place
-        drop(engine, unit)
-        before = engine.streams.switch(engine.streams.load)
+    def drop_and_overwrite(loads: Loads, unit) -> None:
+        buffer, streams = unit.weights._place, loads._streams
+        drop(loads, unit)
+        before = streams.switch(streams.load)
         try:
             buffer.fill_(POISON)
         finally:
-            engine.streams.restore(before)
+            streams.restore(before)
 
     try:
         with (
             mock.patch.object(Weights, "write_back", write_back),
             mock.patch.object(Engine, "_retire", retire_and_drop),
-            mock.patch.object(Engine, "_drop", drop_and_overwrite),
+            mock.patch.object(Loads, "drop", drop_and_overwrite),
         ):
             yield
             for engine in engines:

@@ -6,9 +6,11 @@ import odd_nets
 import pytest
 import torch
 from helpers import build, run, weights_of
+from peft import LoraConfig
 
 import diffusers_offload
-from diffusers_offload import OffloadPolicy
+from diffusers_offload import OffloadPolicy, held
+from diffusers_offload.budget import DeviceBudget
 from diffusers_offload.tiers import packed
 from diffusers_offload.tiers.packed import PackedMemory
 from diffusers_offload.tiers.standin import stand_in
@@ -33,14 +35,18 @@ def enable(pipe, device, **arguments):
     )
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"]
-)
-@pytest.mark.parametrize("granularity", ["block", "phase", "leaf"])
-@pytest.mark.parametrize("name", ["flux", "wan22", "sdxl"])
+CASES = [
+    ("flux", "block", torch.float16),
+    ("flux", "block", torch.float32),
+    ("flux", "leaf", torch.bfloat16),
+    ("wan22", "block", torch.bfloat16),
+    ("wan22", "phase", torch.bfloat16),
+    ("sdxl", "phase", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("name", "granularity", "dtype"), CASES)
 def test_packed_equals_resident(name, granularity, dtype, device):
-    if device == "cpu" and dtype is torch.float16 and name == "sdxl":
-        pytest.skip("torch computes no convolutions of float16 on some CPUs")
     pipe = build(name, dtype, device)
     expected, weights = run(pipe, name), {k: weights_of(m) for k, m in modules(pipe)}
     enable(pipe, device, offload_granularity=granularity)
@@ -100,6 +106,28 @@ def test_what_does_not_shrink_stays_as_it_is(device):
     handle = diffusers_offload.enable_block_offload(net, device=device, offload_ratio=1.0, tier="packed")
     hosts = [unit.weights.host for unit in handle._engine.units]
     assert hosts and not any(isinstance(host, PackedMemory) for host in hosts)
+    handle.disable()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz], ids=str)
+def test_formats_whose_nan_is_another_stay_as_they_are(dtype):
+    net = odd_nets.Net(*(odd_nets.Plain() for _ in range(4))).eval().requires_grad_(False)
+    for block in net.blocks:
+        block.register_buffer("codes", torch.randn(400, 400).to(dtype))
+    expected = net.blocks[1].codes.float()
+    handle = diffusers_offload.enable_block_offload(net, device="cpu", offload_ratio=1.0, tier="packed")
+    assert torch.equal(net.blocks[1].codes.float(), expected)
+    handle.disable()
+
+
+def test_what_is_kept_as_it_is_may_be_read_whatever_its_size():
+    net = odd_nets.Net(*(odd_nets.Plain() for _ in range(4))).eval().requires_grad_(False)
+    for block in net.blocks:
+        block.register_buffer("numbers", torch.arange(40_000))  # more than a slot
+        block.register_buffer("coded", torch.randn(400, 1000))
+    handle = diffusers_offload.enable_block_offload(net, device="cpu", offload_ratio=1.0, tier="packed")
+    assert net.blocks[1].coded.isnan().all()
+    assert torch.equal(net.blocks[1].numbers, torch.arange(40_000))
     handle.disable()
 
 
@@ -252,4 +280,199 @@ def test_memory_is_given_back(device):
     assert 0 < tier.staging_bytes <= packed.SLOTS * packed.SLOT_BYTES
     pipe.disable_block_offload()
     assert tier.staging_bytes == 0
+    assert torch.equal(run(pipe.to(device), "flux"), expected)
+
+
+# --- what others read while NaN stands in ----------------------------------------------------------------
+
+
+def add_adapter(pipe):
+    torch.manual_seed(7)
+    config = LoraConfig(r=4, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config, "a")
+
+
+METHODS = {  # of the model: they find the true weights by themselves
+    "an adapter, fused": lambda pipe: (add_adapter(pipe), pipe.transformer.fuse_lora(adapter_names=["a"])),
+    "projections, fused": lambda pipe: pipe.transformer.fuse_qkv_projections(),
+    "a state dict": lambda pipe: pipe.transformer.load_state_dict(
+        {name: tensor * 2 for name, tensor in pipe.transformer.state_dict().items()}
+    ),
+}
+EDITS = {
+    "an adapter, merged": lambda pipe: (add_adapter(pipe), to_q(pipe).merge(adapter_names=["a"])),
+    "another dtype for a while": lambda pipe: pipe.transformer.transformer_blocks[0].ff.float().bfloat16(),
+    "another dtype for storage": lambda pipe: pipe.transformer.enable_layerwise_casting(
+        torch.float8_e4m3fn, torch.bfloat16
+    ),
+    "a product": lambda pipe: replace_weight(pipe, lambda data: data * 2),
+    "a product, as a parameter": lambda pipe: setattr(
+        to_q(pipe), "weight", torch.nn.Parameter(to_q(pipe).weight * 2, requires_grad=False)
+    ),
+    "a norm": lambda pipe: torch.nn.utils.parametrizations.weight_norm(to_q(pipe)),
+}
+
+
+def to_q(pipe):
+    return pipe.transformer.transformer_blocks[0].attn.to_q
+
+
+def replace_weight(pipe, change):
+    to_q(pipe).weight.data = change(to_q(pipe).weight.data)
+
+
+def flux(device):
+    pipe = build("flux", torch.bfloat16, device)
+    pipe.transformer.requires_grad_(False)
+    return pipe
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_weights_computed_from_nan_never_run(edit, device):
+    pipe = flux(device)
+    enable(pipe, device)
+    edit(pipe)
+    with pytest.raises(RuntimeError, match=r"transformer_blocks\.0.*suspended"):
+        run(pipe, "flux")
+
+
+@pytest.mark.parametrize("edit", METHODS.values(), ids=METHODS)
+def test_the_models_own_methods_find_true_weights(edit, device):
+    resident, offloaded = flux(device), flux(device)
+    edit(resident)
+    enable(offloaded, device)
+    edit(offloaded)
+    assert packed_units(offloaded)
+    assert torch.equal(run(offloaded, "flux"), run(resident, "flux"))
+    offloaded.disable_block_offload()
+    assert "fuse_lora" not in vars(offloaded.transformer)
+
+
+@pytest.mark.parametrize("edit", {**EDITS, **METHODS}.values(), ids={**EDITS, **METHODS})
+def test_the_same_while_suspended_counts(edit, device):
+    resident, offloaded = flux(device), flux(device)
+    edit(resident)
+    enable(offloaded, device)
+    with offloaded.block_offload.suspended():
+        edit(offloaded)
+    assert torch.equal(run(offloaded, "flux"), run(resident, "flux"))
+
+
+@pytest.mark.parametrize("following", ["disable", "suspended", "to"])
+def test_a_lost_edit_is_told_before_the_true_weights_are_used_otherwise(following, device):
+    pipe = flux(device)
+    weights = weights_of(pipe.transformer)
+    enable(pipe, device)
+    for block in pipe.transformer.transformer_blocks:
+        block.attn.to_q.weight.data.mul_(2)
+
+    def follow():
+        if following == "disable":
+            pipe.disable_block_offload()
+        elif following == "to":
+            pipe.transformer.to(torch.float32)
+        else:
+            with pipe.block_offload.suspended():
+                pass
+
+    with pytest.raises(RuntimeError, match=r"transformer_blocks\.0 and of 2 more units were edited"):
+        follow()
+    follow()  # told once, of all
+    if pipe.block_offload is not None:
+        pipe.disable_block_offload()
+    for name, tensor in weights_of(pipe.transformer).items():
+        assert torch.equal(tensor.to(torch.bfloat16), weights[name])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda data: data.t(), lambda data: data.view(torch.int16).view(data.dtype)],
+    ids=["turned", "viewed"],
+)
+def test_another_view_of_what_stands_in_is_one_of_the_true_weights(change, device):
+    resident, offloaded = flux(device), flux(device)
+    replace_weight(resident, change)
+    enable(offloaded, device)
+    replace_weight(offloaded, change)
+    assert torch.equal(run(offloaded, "flux"), run(resident, "flux"))
+
+
+def test_exchanged_views_of_what_stands_in(device):
+    def exchange(pipe):
+        attention = pipe.transformer.transformer_blocks[0].attn
+        one, other = attention.to_q.weight, attention.to_k.weight
+        one.data, other.data = other.data, one.data
+
+    resident, offloaded = flux(device), flux(device)
+    exchange(resident)
+    enable(offloaded, device)
+    exchange(offloaded)
+    assert torch.equal(run(offloaded, "flux"), run(resident, "flux"))
+
+
+def test_state_dicts_are_apart_and_up_to_date(device):
+    pipe = flux(device)
+    enable(pipe, device)
+    layer = to_q(pipe)
+    first = layer.state_dict()
+    first["weight"].zero_()
+    second = layer.state_dict()
+    assert second["weight"].any()
+    with pipe.block_offload.suspended():
+        layer.weight.add_(1)
+    assert not torch.equal(layer.state_dict()["weight"], second["weight"])
+
+
+def test_a_coded_buffer_that_a_forward_writes_to(device):
+    class Remembers(odd_nets.Plain):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.randn(64, 512))
+
+        def forward(self, x):
+            self.seen.add_(x.mean())
+            return super().forward(x) + self.seen.mean()
+
+    def net():
+        torch.manual_seed(0)
+        return odd_nets.Net(*(Remembers() for _ in range(4))).eval().requires_grad_(False)
+
+    x = torch.randn(2, 3, odd_nets.WIDTH, generator=torch.Generator().manual_seed(1)).to(device)
+    resident, offloaded = net().to(device), net()
+    handle = diffusers_offload.enable_block_offload(
+        offloaded, device=device, offload_ratio=1.0, tier="packed"
+    )
+    for _ in range(3):
+        assert torch.equal(offloaded(x), resident(x))
+    handle.disable()
+    for a, b in zip(offloaded.state_dict().values(), resident.state_dict().values(), strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+# --- packing between two calls ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails_at", [None, 0, 3], ids=["well", "failing at once", "failing half way"])
+def test_packing_before_a_call(fails_at, device, monkeypatch):
+    monkeypatch.setattr(held, "unpacks_fast", lambda device: True)
+    monkeypatch.setattr(DeviceBudget, "is_bound_by_copies", lambda self, component: component.trace != [])
+    pack, count = packed.PackedTier._pack, iter(range(100))
+
+    def failing(self, weights):
+        if next(count) == fails_at:
+            raise MemoryError("no memory left")
+        return pack(self, weights)
+
+    monkeypatch.setattr(packed.PackedTier, "_pack", failing)
+    pipe = flux(device)
+    expected = run(pipe, "flux")
+    pipe.to("cpu").enable_block_offload(device=device, offload_ratio=1.0, max_device_memory="1GiB")
+    assert torch.equal(run(pipe, "flux"), expected)
+    assert not packed_units(pipe)
+    for _ in range(2):
+        assert torch.equal(run(pipe, "flux"), expected)
+        units = pipe.block_offload._engine.units
+        assert packed_units(pipe)  # of the other components, if not of this one
+        assert all(unit.slot is not None or unit.keeps for unit in units)  # they go on sharing the arena
+    pipe.disable_block_offload()
     assert torch.equal(run(pipe.to(device), "flux"), expected)

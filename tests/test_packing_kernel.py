@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,17 @@ def test_packing_needs_little_memory_of_its_own():
     torch.cuda.reset_peak_memory_stats()
     packed = pack(slab, layout, 16 * 2**20)
     assert torch.cuda.max_memory_allocated() - before - len(packed.bytes) <= 8 * 24 * 2**20
+
+
+def test_a_trial_without_memory_is_repeated(monkeypatch):
+    def out_of_memory(device, name):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trial = types.SimpleNamespace(agrees=out_of_memory)
+    monkeypatch.setitem(sys.modules, "diffusers_offload.packing.trial", trial)
+    device = torch.device("cuda", 7)
+    with pytest.raises(torch.OutOfMemoryError):
+        unpacking.has_kernel(device, "bf16")
+    trial.agrees = lambda device, name: True
+    assert unpacking.has_kernel(device, "bf16")
+    unpacking.has_kernel.cache_clear()

@@ -28,10 +28,10 @@ def agrees(device: torch.device, name: str) -> bool:
     """
     made = FORMATS[name]
     count = 3 * BLOCK + 1001
-    generator = torch.Generator().manual_seed(_SEED)
-    numbers = torch.randn(count, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    numbers = torch.randn(count, generator=generator, device="cpu")
     odd = numbers[::97]
-    odd *= 2.0 ** (torch.arange(len(odd)) % 24 - 12)
+    odd *= 2.0 ** (torch.arange(len(odd), device="cpu") % 24 - 12)
     slab = numbers.to(_DTYPES[name]).view(torch.uint8).to(device)
     place = Placement(0, _DTYPES[name], (count,), (1,))
     layout = Layout((place,), (Region(Span(0, 0, len(slab)), 0),), len(slab))

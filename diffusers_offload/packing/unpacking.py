@@ -82,6 +82,8 @@ def _passes(device: torch.device, name: str) -> bool:
         if agrees(device, name):
             return True
         reason = "its result differs"
+    except torch.OutOfMemoryError:  # which says nothing of the kernel: it is tried again
+        raise
     except Exception as error:  # no Triton, no C compiler for it, a device it does not know
         reason = f"{type(error).__name__}: {error}"
     logger.warning(

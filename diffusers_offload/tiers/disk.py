@@ -58,7 +58,9 @@ class DiskTier:
         self._packed = packed
         fast = unpacks_fast(streams.device)
         self.packs = fast if storage.packs is None else storage.packs  # what is written
-        self._files = Files(storage.directory, Packer(streams, fast) if self.packs else None, packed.raw)
+        self._files = Files(
+            storage.directory, Packer(streams, fast, pinned) if self.packs else None, packed.raw
+        )
         self._buffers = Buffers(streams, pinned, storage.workers)
         self._units: list[Unit] = []  # that stream
         self._outgrown = False  # one of them has another size than the buffers were made for

@@ -280,7 +280,11 @@ def _part(unit: Unit, names: Mapping[int, str]) -> Part:
     else:
         data = map_memory(weights.nbytes)[1]
         slab.gather(weights.layout, weights.tensors, data)
-    return Part(unit.name, weights.layout, tuple(names[id(tensor)] for tensor in weights.tensors), data)
+    # A tensor that the module has no longer (another parameter was put in its place) belongs to the unit all the same,
+    # until the component is taken apart anew.
+    pairs = enumerate(map(id, weights.tensors))
+    called = tuple(names.get(key, f"{unit.name}: replaced {index}") for index, key in pairs)
+    return Part(unit.name, weights.layout, called, data)
 
 
 def _look_at(file: BlockFile, units: Sequence[Unit]) -> Iterator[Unit]:

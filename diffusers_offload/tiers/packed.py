@@ -6,15 +6,17 @@ one is on the bus. The ring has the same size whatever the units have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import slab
+from ..component import State
 from ..packing import Packed, Piece, batches, pack, packer, prepare, unpack
 from ..recovery import is_out_of_memory
 from ..report import Counters
@@ -22,7 +24,7 @@ from ..slab import Layout
 from ..streams import Streams
 from .packedmemory import PackedMemory
 from .packings import Packing
-from .parts import Part, gather
+from .parts import Part, sources_of
 from .pinned import HostMemory, PinnedTier, map_memory
 from .standin import stand_in
 from .traces import private_bytes
@@ -31,11 +33,14 @@ if TYPE_CHECKING:
     from ..component import Unit
     from ..weights import Weights
 
-_T = TypeVar("_T")
-
 SLOT_BYTES = 24 * 2**20  # of a batch at most: large enough for the bus, small enough to begin unpacking early
 SMALLEST = packer.SMALLEST  # bytes of a tensor that is coded
 SLOTS = 3  # one on the bus, one that is unpacked, one between them
+_REMEDY = (
+    "Repeat it within `with pipe.block_offload.suspended():` (fuse_lora and fuse_qkv_projections, too), or give this "
+    "component tier='pinned', or pack_on_disk=False if it is on disk"
+)
+_OTHER_NAN = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)  # what stands in would be a number to these
 _WORTH = 0.95  # of the bytes: a unit that does not shrink to this stays as it is
 
 
@@ -44,40 +49,38 @@ class Packer:
 
     Args:
         on_device: whether that is the device; it is the host otherwise, or if the device has no room for it now.
+        pinned: copies from the host to the device.
     """
 
-    def __init__(self, streams: Streams, on_device: bool) -> None:
+    def __init__(self, streams: Streams, on_device: bool, pinned: PinnedTier | None = None) -> None:
         self._streams = streams
         self._on_device = on_device and streams.asynchronous
+        self._pinned = pinned or PinnedTier(streams)
 
     def pack(
-        self,
-        layout: Layout,
-        fill: Callable[[torch.Tensor], None],
-        keep: Callable[[Packed], _T],
-        data: torch.Tensor | None = None,
-    ) -> _T | None:
-        """What `keep` makes of the packed slab; None if it does not shrink, and so had better stay as it is.
+        self, layout: Layout, sources: Sequence[torch.Tensor], whole: torch.Tensor | None = None
+    ) -> Packed | None:
+        """The packed slab, where it was packed; None if it does not shrink, and so had better stay as it is.
 
         Args:
-            fill: copies the slab into a buffer.
-            data: where the host has it already.
+            sources: the bytes of each of the layout's regions (uint8), wherever they lie.
+            whole: the slab, where the host has it in one piece already.
         """
+        if any(place.dtype in _OTHER_NAN for place in layout.placements):
+            return None
         streams = self._streams
         if self._on_device:
             try:
                 streams.load.wait_stream(streams.current())
                 with _on(streams, streams.load), torch.inference_mode(False):
                     buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=streams.device)
-                    fill(buffer)
-                    return _pack(buffer, layout, keep)
+                    return _pack(self._gathered(layout, sources, buffer), layout)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-        if data is None:
-            data = map_memory(layout.nbytes)[1]
-            fill(data)
-        return _pack(data, layout, keep)
+        if whole is None:
+            whole = self._gathered(layout, sources, map_memory(layout.nbytes)[1])
+        return _pack(whole, layout)
 
     def pack_part(self, part: Part, digest: str) -> Part:
         """The part with its slab packed, or as it is if that does not shrink.
@@ -85,27 +88,58 @@ class Packer:
         Args:
             digest: of its slab.
         """
-
-        def keep(packed: Packed) -> Part:
-            data = packed.bytes
-            if data.device.type != "cpu":
-                data = map_memory(packed.bytes.numel())[1]
+        whole = part.data if isinstance(part.data, torch.Tensor) else None
+        packed = self.pack(part.layout, sources_of(part), whole)
+        if packed is None:
+            return part
+        data = packed.bytes
+        if data.device.type != "cpu":
+            data = map_memory(packed.bytes.numel())[1]
+            with _on(self._streams, self._streams.load):
                 data.copy_(packed.bytes)
-            return replace(part, data=data, packing=Packing(packed.pieces, digest))
+        return replace(part, data=data, packing=Packing(packed.pieces, digest))
 
-        data = part.data if isinstance(part.data, torch.Tensor) else None
-        return self.pack(part.layout, partial(gather, part), keep, data) or part
+    def _gathered(
+        self, layout: Layout, sources: Sequence[torch.Tensor], buffer: torch.Tensor
+    ) -> torch.Tensor:
+        for region, source in zip(layout.regions, sources, strict=True):
+            target = buffer[region.offset : region.offset + region.nbytes]
+            if source.device.type == "cpu" and buffer.device.type != "cpu":
+                self._pinned.load(HostMemory(source, False), target)  # faster than the driver's own staging
+            else:
+                target.copy_(source)
+        return buffer
 
 
-def _pack(buffer: torch.Tensor, layout: Layout, keep: Callable[[Packed], _T]) -> _T | None:
+def _pack(buffer: torch.Tensor, layout: Layout) -> Packed | None:
     packed = pack(buffer, layout, SLOT_BYTES, SMALLEST)
-    return keep(packed) if 0 < packed.bytes.numel() <= layout.nbytes * _WORTH else None
+    return packed if 0 < packed.bytes.numel() <= layout.nbytes * _WORTH else None
 
 
 def unpack_all(pieces: Sequence[Piece], source: torch.Tensor, destination: torch.Tensor) -> None:
     """Unpack a whole slab from its packed bytes, on the host."""
     for piece in pieces:
         unpack(piece, source[piece.source :], destination)
+
+
+def ring_bytes(units: Iterable[int]) -> int:
+    """Bytes of the ring on the device, for packed units of so many bytes."""
+    return SLOTS * min(SLOT_BYTES, max(units, default=0))
+
+
+def _lost_edit(unit: Unit, private: Mapping[int, int]) -> bool:
+    """Whether what stands in for weights of the unit was written to, or read to replace some."""
+    weights, host = unit.weights, unit.weights.host
+    if host.was_written_to(private) or any(map(host.is_blank, weights.edited())):
+        return True
+    return any(_holds_nan(tensor) for tensor in weights.replaced() if not host.is_blank(tensor))
+
+
+def _holds_nan(tensor: torch.Tensor) -> bool:
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    values = tensor.detach()
+    return bool((values.float() if values.element_size() == 1 else values).isnan().any())
 
 
 class _Slot:
@@ -143,7 +177,7 @@ class PackedTier:
         self._pinned = pinned
         self._counters = counters
         self._allocate = allocate
-        self._packer = Packer(streams, True)
+        self._packer = Packer(streams, True, pinned)
         self._slot_bytes = 0
         self._ring: list[_Slot] = []
         self._turn = 0
@@ -154,18 +188,40 @@ class PackedTier:
         return sum(slot.memory.numel() for slot in self._ring)
 
     def pack(self, weights: Weights) -> PackedMemory | None:
-        """Pack tensors from where they are; None if they do not shrink, and so had better stay as they are."""
+        """Pack tensors from where they are; None if they do not shrink, and so had better stay as they are.
 
-        def keep(packed: Packed) -> PackedMemory:
-            memory = self._pinned.allocate(packed.bytes.numel())
-            memory.bytes.copy_(packed.bytes)
-            ranges = tuple(batches(packed.pieces, SLOT_BYTES))
-            return PackedMemory(memory.bytes, memory.pinned, packed.pieces, stand_in(weights.nbytes), ranges)
+        This is done on the device, or on the host if the device has no room for them now.
+        """
+        (packed,) = self.pack_each([weights])
+        return packed
 
-        fill = partial(slab.gather, weights.layout, weights.tensors)
-        found = self._packer.pack(weights.layout, fill, keep)
-        if found is not None:
-            self.expect(found)
+    def pack_each(self, several: Iterable[Weights]) -> Iterator[PackedMemory | None]:
+        """The same for several, one after the other; while one is packed, memory for the one before is made ready."""
+        with ThreadPoolExecutor(1) as pool:
+            before: Callable[[], PackedMemory | None] | None = None
+            for weights in several:
+                packed = self._pack(weights)
+                memory = self._pinned.begin(pool, packed.bytes.numel()) if packed is not None else None
+                if before is not None:
+                    yield before()
+                before = partial(self._keep, packed, weights.nbytes, memory)
+            if before is not None:
+                yield before()
+
+    def _pack(self, weights: Weights) -> Packed | None:
+        return self._packer.pack(weights.layout, slab.sources(weights.layout, weights.tensors))
+
+    def _keep(
+        self, packed: Packed | None, nbytes: int, memory: Callable[[], HostMemory] | None
+    ) -> PackedMemory | None:
+        if packed is None:
+            return None
+        host = memory()
+        with _on(self._streams, self._streams.load):
+            host.bytes.copy_(packed.bytes)
+        ranges = tuple(batches(packed.pieces, SLOT_BYTES))
+        found = PackedMemory(host.bytes, host.pinned, packed.pieces, stand_in(nbytes), ranges)
+        self.expect(found)
         return found
 
     def expect(self, memory: PackedMemory) -> None:
@@ -214,9 +270,8 @@ class PackedTier:
         """
         data = map_memory(nbytes)[1] if data is None else data
         self._unpack_to(source.checked(), data)
-        for (
-            piece
-        ) in source.pieces:  # of these the tensors look at the packed bytes themselves, which may be edited
+        # Of what is not coded the tensors look at the packed bytes themselves, which may be edited.
+        for piece in source.pieces:
             if piece.format is None:
                 data[piece.start : piece.stop].copy_(source.bytes[piece.source :][: piece.nbytes])
         return data
@@ -227,8 +282,10 @@ class PackedTier:
             try:
                 with _on(streams, streams.load):
                     buffer = self._allocate(data.numel())
-                    behind = self.load(source, buffer)
-                    streams.load.wait_stream(behind)
+                    try:
+                        self.load(source, buffer)
+                    finally:  # however far it came: the buffer goes
+                        streams.load.wait_stream(streams.unpack)
                     data.copy_(buffer)
                 return
             except RuntimeError as error:
@@ -236,30 +293,38 @@ class PackedTier:
                     raise
         unpack_all(source.pieces, source.bytes, data)
 
-    def refuse_edits(self, unit: Unit) -> None:
-        """Raise RuntimeError if what stands in for packed weights was written to: that is lost."""
-        host = unit.weights.host
-        if isinstance(host, PackedMemory) and any(map(host.is_blank, unit.weights.edited())):
-            unit.weights.note_edits()
-            self._refuse(unit, host)
+    def refuse_edits(self, units: Iterable[Unit], silent: bool = True) -> None:
+        """Raise RuntimeError if what stands in for packed weights was written to, or new weights computed from it.
 
-    def refuse_silent_edits(self, units: Iterable[Unit]) -> None:
-        """The same for writes that no tensor counted (`weight.data.add_()`)."""
+        That is lost: all of these units have their true weights again. To be called before anything else is done
+        with the true weights, or nobody would hear of it.
+
+        Args:
+            silent: find writes that no tensor counted (`weight.data.add_()`), too. Takes milliseconds.
+        """
         packed = [unit for unit in units if isinstance(unit.weights.host, PackedMemory)]
-        private = private_bytes() if packed else {}
-        for unit in packed:
-            if unit.weights.host.was_written_to(private):
-                self._refuse(unit, unit.weights.host)
-
-    def _refuse(self, unit: Unit, host: PackedMemory) -> NoReturn:
-        unit.weights.stay_on_host(replace(host, blank=stand_in(unit.nbytes)))
-        name = unit.component.name
+        private = private_bytes() if silent and packed else {}
+        lost = [unit for unit in packed if unit.state is not State.IN_USE and _lost_edit(unit, private)]
+        if not lost:
+            return
+        for unit in lost:
+            unit.weights.stay_on_host(replace(unit.weights.host, blank=stand_in(unit.nbytes)))
+        name = lost[0].component.name
+        rest = len(lost) - 1
+        more = f" and of {rest} more unit{'s' if rest > 1 else ''}" if rest else ""
         raise RuntimeError(
-            f"the weights of {name}.{unit.name} were written to while they were packed, when NaN stands in for them "
-            "on the host: the edit is lost, the true weights are as they were. Repeat it within `with "
-            "pipe.block_offload.suspended():` (fuse_lora, too), or give this component tier='pinned', or "
-            "pack_on_disk=False if it is on disk"
+            f"the weights of {name}.{lost[0].name}{more} were edited while they were packed, when NaN stands in for "
+            f"them on the host: the edit is lost, the true weights are as they were. {_REMEDY}"
         )
+
+    def refuse_copies(self, names: Mapping[str, torch.Tensor]) -> None:
+        """Raise RuntimeError if one of these new weights, by name, was computed from what stands in."""
+        for name, tensor in names.items():
+            if _holds_nan(tensor):
+                raise RuntimeError(
+                    f"{name} is new and holds NaN, which stands in on the host for weights that are packed: it was "
+                    f"computed from these. {_REMEDY}"
+                )
 
     def close(self) -> None:
         """Nothing is packed any longer, or under way: the ring goes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -30,7 +30,7 @@ class PackedMemory(HostMemory):
 
     def views(self, layout: Layout) -> list[torch.Tensor]:
         """What the unit's tensors look at: NaN, but true values where the packed bytes hold them as they are."""
-        plain = [piece for piece in self.pieces if piece.format is None]
+        plain = _joined(piece for piece in self.pieces if piece.format is None)
         found = slab.views(layout, self.blank)
         for index, place in enumerate(layout.placements):
             piece = _holding(plain, layout, place)
@@ -73,6 +73,18 @@ class RevealedMemory(HostMemory):
     """
 
     veil: PackedMemory | None
+
+
+def _joined(plain: Iterable[Piece]) -> list[Piece]:
+    """Pieces that lie one behind the other, in the slab and among the packed bytes, as one."""
+    joined: list[Piece] = []
+    for piece in plain:
+        last = joined[-1] if joined else None
+        if last is not None and (last.stop, last.source + last.nbytes) == (piece.start, piece.source):
+            joined[-1] = replace(last, stop=piece.stop)
+        else:
+            joined.append(piece)
+    return joined
 
 
 def _holding(plain: Sequence[Piece], layout: Layout, place: Placement) -> Piece | None:

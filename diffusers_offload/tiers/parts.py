@@ -49,12 +49,12 @@ def as_bytes(data: torch.Tensor) -> memoryview:
     return memoryview(data.detach().numpy())
 
 
-def gather(part: Part, buffer: torch.Tensor) -> None:
-    """Copy the slab of a part that is not packed to `buffer` (uint8, on any device)."""
-    whole = isinstance(part.data, torch.Tensor)
-    for rank, region in enumerate(part.layout.regions):
-        start, stop = region.offset, region.offset + region.nbytes
-        buffer[start:stop].copy_(part.data[start:stop] if whole else part.data[rank])
+def sources_of(part: Part) -> Sequence[torch.Tensor]:
+    """The bytes of each region of a part that is not packed, where it has them."""
+    if not isinstance(part.data, torch.Tensor):
+        return part.data
+    regions = part.layout.regions
+    return [part.data[region.offset : region.offset + region.nbytes] for region in regions]
 
 
 def pieces_of(part: Part) -> list[memoryview]:

@@ -103,14 +103,16 @@ class PinnedTier:
         rest = iter(sizes)
         pending: deque[Callable[[], HostMemory]] = deque()
         with ThreadPoolExecutor(_PREPARED_AHEAD) as pool:
-            pending.extend(self._begin(pool, size) for size in islice(rest, _PREPARED_AHEAD))
+            pending.extend(self.begin(pool, size) for size in islice(rest, _PREPARED_AHEAD))
             while pending:
                 memory = pending.popleft()()
-                pending.extend(self._begin(pool, size) for size in islice(rest, 1))
+                pending.extend(self.begin(pool, size) for size in islice(rest, 1))
                 yield memory
 
-    def _begin(self, pool: ThreadPoolExecutor, nbytes: int) -> Callable[[], HostMemory]:
+    def begin(self, pool: ThreadPoolExecutor, nbytes: int) -> Callable[[], HostMemory]:
         """Host memory of `nbytes` as soon as it is asked for; it is made ready meanwhile if a thread can be had."""
+        if not self._pins:
+            return partial(self.allocate, nbytes)
         try:
             return pool.submit(self.allocate, nbytes).result
         except RuntimeError:  # "can't start new thread"

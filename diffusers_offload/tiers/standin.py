@@ -1,4 +1,4 @@
-"""What stands in on the host for weights that are packed: every byte is 0xFF, which is NaN in all float formats.
+"""What stands in on the host for packed weights: every byte is 0xFF, which is NaN in float formats (not in "fnuz").
 
 It has the size of the weights and costs no memory: one small file that lives in memory is mapped again and again, side
 by side. The mappings are private, so whoever writes there gets pages of his own, which the system counts (`traces`).

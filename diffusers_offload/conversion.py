@@ -260,7 +260,8 @@ def _refuse_destination(source: Path, root: Path) -> None:
         raise ValueError(f"{root} is the source itself: name another folder")
     if os.path.lexists(source / NOTE):
         raise ValueError(f"{source} is converted already: name the pipeline that it was made from")
-    if root.is_dir() and any(root.iterdir()) and not os.path.lexists(root / NOTE):
+    others = [each for each in root.iterdir() if not blockfile.is_temporary(each)] if root.is_dir() else []
+    if others and not os.path.lexists(root / NOTE):
         raise ValueError(f"{root} holds something else: name an empty folder, or one that is not there")
 
 

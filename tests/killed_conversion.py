@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 
 import torch
 from diffusers import DiffusionPipeline
@@ -32,6 +33,8 @@ def main(source: str, destination: str, count: str) -> None:
             try:
                 diffusers_offload.convert(source, destination)
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         if turn:

@@ -196,6 +196,12 @@ def test_a_strangers_note(edit, source, tmp_path):
     assert not (tmp_path / "escaped.safetensors").exists()
 
 
+def test_what_was_killed_before_its_note_was_there_goes_on(source, tmp_path):
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / f".{16 * '0'}.tmp").write_bytes(b"{")
+    opened(diffusers_offload.convert(source, tmp_path / "converted"))
+
+
 def test_destinations_that_are_something_else(source, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/one.txt").write_text("dear")

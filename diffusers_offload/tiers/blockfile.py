@@ -143,6 +143,11 @@ def _in_order(head: bytes, parts: Sequence[Part]) -> Iterator[memoryview]:
         yield memoryview(bytes(-part.nbytes % PAGE))
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether it is called like what `replace` leaves behind if the process is killed."""
+    return path.name.startswith(".") and path.suffix == TEMPORARY
+
+
 def replace(path: Path, pieces: Iterable[memoryview]) -> None:
     """Put a file with `pieces` in place of `path`, so that whoever opens it finds the old or the new one whole.
 

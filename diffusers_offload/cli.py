@@ -219,6 +219,11 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         choices=GRANULARITIES,
         help="that it will be offloaded with; %(default)s if left out",
     )
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="pack the weights of blocks, without loss in some 70%% of the bytes: for devices that unpack fast",
+    )
     parser.set_defaults(run=lambda arguments: _convert(arguments, parser))
 
 
@@ -236,6 +241,7 @@ def _convert(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
             arguments.variant,
             arguments.granularity,
             progress=True,
+            packed=arguments.packed,
         )
     except (ValueError, OSError) as error:
         parser.error(_printable(str(error)))

@@ -42,6 +42,7 @@ def convert(
     offload_granularity: str = "block",
     components: Mapping[str, Any] | None = None,
     progress: bool | None = None,
+    packed: bool = False,
     **arguments: Any,
 ) -> Path:
     """Write a saved pipeline as block files, which `from_pretrained(destination)` opens at once.
@@ -55,6 +56,7 @@ def convert(
         offload_granularity, components: what it will be offloaded with; otherwise weights are written once more when
             it is opened with another.
         progress: whether to show a bar; None: if it takes long.
+        packed: pack the weights of blocks, without loss in some 70 % of the bytes: for devices that unpack fast.
         **arguments: for `DiffusionPipeline.from_pretrained`.
 
     Returns:
@@ -67,6 +69,8 @@ def convert(
     """
     from .loader import find, stream
 
+    if not isinstance(packed, bool):
+        raise ValueError(f"packed={quoted(packed)} is neither True nor False")
     source, root = find(source, variant, arguments), Path(destination).expanduser().absolute()
     _refuse_destination(source, root)
     given = sorted(name for name, value in arguments.items() if isinstance(value, nn.Module))
@@ -78,6 +82,7 @@ def convert(
     _write_note(root, {"complete": False, **about, "components": {}, "headers": {}})
     _copy_configs(source, root)
     offload = {"offload_granularity": offload_granularity, "tier": "disk", "offload_dir": root}
+    offload["pack_on_disk"] = packed
     if components is not None:
         offload["components"] = components
     identities: dict[str, str] = {}

@@ -321,7 +321,7 @@ class Engine:
 
         Those replaced (`weight.data = ...`) get new host memory; those loaded ahead are loaded again.
         """
-        self.packed.refuse_edits((unit for unit in units if unit.component.packs), silent=False)
+        self.packed.refuse_edits(units, silent=False)
         for unit in units:
             waits, offloaded = unit.state in WAITING, unit.state is State.OFFLOADED
             edited = (waits or (offloaded and unit.component.on_disk)) and unit.weights.note_edits()

@@ -25,7 +25,7 @@ from .report import GIB, PackedReport, Prediction, Report
 from .streams import open_streams
 from .target import Target, build_component, make_plan, owners_in
 from .tiers.mapped import DiskMemory
-from .tiers.packed import PackedMemory
+from .tiers.packedmemory import PackedMemory
 
 _PROGRESS_FROM = GIB  # bytes from which on moving takes long enough to show a progress bar
 

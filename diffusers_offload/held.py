@@ -17,6 +17,8 @@ from .log import logger
 from .packing import unpacks_fast
 from .statedicts import TrueStates
 from .target import Target, build_component, owners_in
+from .tiers.mapped import veil_of
+from .tiers.packedmemory import PackedMemory
 from .units import own_tensors, tensors_of
 
 if TYPE_CHECKING:
@@ -66,13 +68,21 @@ class Held:
             if id(part) not in taken:
                 self._add(part, hooks.StemHook(self.engine, self.component))
         self._shadowed = {"to": self._guarded_to()}
-        if self.component.packs:
+        may_be_packed = self._may_be_packed()
+        if may_be_packed:
             self._shadowed |= self._suspending_editors()
         for name in hooks.entries(self.module):
             self._shadowed[name] = self._hooks[0][1].entry(self.module, getattr(self.module, name))
         self.module.__dict__.update(self._shadowed)
         self._tensors = {id(tensor) for tensor in tensors_of(self.module)}
-        self._states = TrueStates(self.engine, self.component) if self.component.packs else None
+        self._states = TrueStates(self.engine, self.component) if may_be_packed else None
+
+    def _may_be_packed(self) -> bool:
+        """Whether tensors look at what stands in for them, now or when they have been edited."""
+        component, disk = self.component, self.engine.disk
+        written = component.on_disk and disk.packs
+        hosts = (unit.weights.host for unit in component.streamed)
+        return component.packs or written or any(isinstance(host, PackedMemory) for host in hosts)
 
     def _detach_inside(self) -> None:
         if self._states is not None:
@@ -126,14 +136,16 @@ class Held:
         self.component.checked = True
 
     def _refuse_copies(self) -> None:
-        """Raise RuntimeError if it holds new weights that were computed from what stands in for packed ones."""
-        if any(component.packs for component in self.engine.components):
+        """Raise RuntimeError if it holds new weights that were computed from what stands in for packed ones.
+
+        What looks at a packed file itself is not: it gets its true values when the component is taken apart anew.
+        """
+        hosts = (unit.weights.host for component in self.engine.components for unit in component.streamed)
+        if any(isinstance(host, PackedMemory) for host in hosts):
             owned = owners_in(self.engine.components)
             named = (*self.module.named_parameters(), *self.module.named_buffers())
-            new = {
-                f"{self.component.name}.{path}": tensor for path, tensor in named if id(tensor) not in owned
-            }
-            self.engine.packed.refuse_copies(new)
+            new = {f"{self.component.name}.{path}": t for path, t in named if id(t) not in owned}
+            self.engine.packed.refuse_copies({path: t for path, t in new.items() if veil_of(t) is None})
 
     def _gains_by_packing(self) -> bool:
         """Whether it waited for the bus, and less may be sent over it."""

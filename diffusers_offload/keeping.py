@@ -134,9 +134,8 @@ class Keeping:
             return Reading()
         per_byte = seconds / read
         passing = self._disk.reads(component.streamed)
-        times = (
-            unit.nbytes * per_byte * reads for unit, reads in zip(component.streamed, passing, strict=True)
-        )
+        units = zip(component.streamed, passing, strict=True)
+        times = (unit.weights.host.bytes.numel() * per_byte * reads for unit, reads in units)
         return Reading(tuple(times), self._disk.slots)
 
     def forget(self, component: Component) -> None:

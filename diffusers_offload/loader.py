@@ -23,14 +23,17 @@ from .conversion import open_converted
 from .deferred import DeferredCasts, Promises
 from .holes import Holes
 from .lightx2v import OffloadConfig
+from .packing import unpacks_fast
 from .pipeline import BlockOffloadMixin
-from .policy import Request, parse_request, parse_storage
+from .policy import Request, Storage, parse_request, parse_storage
 from .quoting import quoted
 from .report import GIB
 from .routing import make_target
 from .settling import settle
 from .skeleton import INDEX, read_json
-from .streams import find_device
+from .streams import find_device, open_streams
+from .target import Target
+from .tiers.packed import Packer
 from .units import tensors_of
 
 _PROGRESS_FROM = GIB  # bytes from which on writing takes long enough to show a progress bar
@@ -88,9 +91,7 @@ def from_pretrained(
     if offload_dir is None and converted is None:
         raise ValueError("offload_dir is missing: give a folder with room for the weights, which go there")
     offload_dir = Path(offload_dir if offload_dir is not None else path)
-    storage = parse_storage(
-        offload_dir, offload.get("num_disk_workers", 2), offload.get("cache_policy", "static")
-    )
+    storage = _storage(offload_dir, offload)
     offload = {"tier": "disk", **offload, "device": device, "offload_dir": storage.directory}
     if converted is not None:
         pipe = converted.open()
@@ -128,7 +129,7 @@ def stream(
         pipe = load(folder, promises, torch_dtype=torch_dtype, variant=variant, **arguments)
         modules = pipe._offloadable_modules()
         own = {n: m for n, m in modules.items() if n in saved and m is not arguments.get(n)}
-        request = _request(pipe, modules, offload)
+        request, device = _request(pipe, modules, offload), find_device(offload.get("device"))
         total = sum(t.numel() * t.element_size() for m in own.values() for t in tensors_of(m))
         quiet = not progress if progress is not None else total < _PROGRESS_FROM or None
         with tqdm(
@@ -137,7 +138,8 @@ def stream(
             for name, module in own.items():
                 target = make_target(name, module, request, name in request.by_name)
                 stamp = f"{stamps[name]} {_dtype_of(name, torch_dtype)} {variant} {type(module).__qualname__}"
-                identity = settle(target, root, stamp, promises, bar.update)
+                packer = _packer(target, request, device)
+                identity = settle(target, root, stamp, promises, bar.update, packer)
                 if identities is not None:
                     identities[name] = identity
     if not os.path.isdir(path):
@@ -224,18 +226,28 @@ def _request(pipe: Any, modules: Mapping[str, nn.Module], offload: Mapping[str, 
     if config is not None:
         config = config if isinstance(config, OffloadConfig) else OffloadConfig.from_lightx2v(config)
         offload = config.arguments(pipe, **offload)
-    storage = parse_storage(
-        offload["offload_dir"], offload.get("num_disk_workers", 2), offload.get("cache_policy", "static")
-    )
     return parse_request(
         offload.get("offload_granularity", "block"),
         offload.get("offload_ratio"),
         offload.get("components"),
         tuple(modules),
         offload.get("tier"),
-        storage,
+        _storage(offload["offload_dir"], offload),
         offload.get("pair_passes"),
     )
+
+
+def _storage(offload_dir: Path, offload: Mapping[str, Any]) -> Storage:
+    workers, cache = offload.get("num_disk_workers", 2), offload.get("cache_policy", "static")
+    return parse_storage(offload_dir, workers, cache, offload.get("pack_on_disk"))
+
+
+def _packer(target: Target, request: Request, device: torch.device) -> Packer | None:
+    """What packs the files of a component; None if they hold its weights as they are."""
+    fast = unpacks_fast(device)
+    wanted = request.storage.packs
+    packs = fast and target.policy.tier == "disk" if wanted is None else wanted
+    return Packer(open_streams(device), fast) if packs else None
 
 
 def _dtype_of(component: str, torch_dtype: Any) -> str:

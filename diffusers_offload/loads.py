@@ -9,6 +9,7 @@ from .component import State, Unit
 from .homes import Homes
 from .recovery import is_out_of_memory
 from .streams import Streams
+from .tiers.packedmemory import PackedMemory
 from .transfers import Transfers
 
 _READ_AHEAD = 16  # units, as far as there is room for them on the host
@@ -111,7 +112,7 @@ class Loads:
         """The bytes of `unit` are free for whatever `load` does next."""
         if unit.used:
             self._streams.load.wait_event(unit.done)
-        elif unit.component.packs:  # it may still be unpacked, on another stream
+        elif isinstance(unit.weights.host, PackedMemory):  # it may still be unpacked, on another stream
             self._streams.load.wait_event(unit.ready)
         if unit.floats and unit.state is State.LOADING:
             self._afloat.remove(unit)

@@ -159,7 +159,10 @@ def _enable(
     asked = arguments["components"]
     names = known(asked) if isinstance(asked, Mapping) else ()
     storage = parse_storage(
-        arguments["offload_dir"], arguments["num_disk_workers"], arguments["cache_policy"]
+        arguments["offload_dir"],
+        arguments["num_disk_workers"],
+        arguments["cache_policy"],
+        arguments["pack_on_disk"],
     )
     request = parse_request(
         arguments["offload_granularity"],

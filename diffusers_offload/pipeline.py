@@ -45,6 +45,7 @@ class BlockOffloadMixin:
         offload_dir: str | os.PathLike | None = None,
         num_disk_workers: int = 2,
         cache_policy: str = "static",
+        pack_on_disk: bool | None = None,
         components: Mapping[str, str | OffloadPolicy] | None = None,
         config: str | os.PathLike | Mapping[str, Any] | OffloadConfig | None = None,
         pair_passes: bool | None = None,
@@ -82,6 +83,10 @@ class BlockOffloadMixin:
             num_disk_workers: threads that read.
             cache_policy: what of the weights on disk host memory keeps: "static" (as much as fits, always the
                 same: best where units follow one another in a cycle), "fifo" or "lru".
+            pack_on_disk: whether weights are packed, without loss in some 70 % of the bytes, before they are written
+                to `offload_dir`: the disk reads less, and host memory keeps more of them. NaN stands in for those
+                that stream while they are not on the device. None: if the device unpacks fast. What is there from
+                `diffusers-offload convert` or `from_pretrained` is used as it is.
             components: per component a word as above, or an `OffloadPolicy`.
             config: LightX2V's configuration: the path of its JSON file, a dict, or an `OffloadConfig`. It stands for
                 the arguments above; those that are given as well win, `components` name by name.
@@ -98,7 +103,7 @@ class BlockOffloadMixin:
         """
         device = find_device(device)
         modules = self._offloadable_modules()
-        storage = parse_storage(offload_dir, num_disk_workers, cache_policy)
+        storage = parse_storage(offload_dir, num_disk_workers, cache_policy, pack_on_disk)
         request = parse_request(
             offload_granularity, offload_ratio, components, tuple(modules), tier, storage, pair_passes
         )
@@ -200,6 +205,7 @@ def enable_block_offload(
     offload_dir: str | os.PathLike | None = None,
     num_disk_workers: int = 2,
     cache_policy: str = "static",
+    pack_on_disk: bool | None = None,
     name: str = "module",
     pair_passes: bool | None = None,
 ) -> OffloadHandle:
@@ -208,7 +214,7 @@ def enable_block_offload(
     Args:
         module: any module; for "block" and "phase" it needs a `ModuleList` of blocks somewhere.
         device, offload_granularity, offload_ratio, max_device_memory, max_host_memory, tier, offload_dir,
-            num_disk_workers, cache_policy: as for a pipeline.
+            num_disk_workers, cache_policy, pack_on_disk: as for a pipeline.
         name: what messages and the plan call it.
         pair_passes: as for a pipeline.
 
@@ -227,7 +233,7 @@ def enable_block_offload(
             f"name={quoted(name)} is not a string; use what messages and the plan shall call the module"
         )
     device = find_device(device)
-    storage = parse_storage(offload_dir, num_disk_workers, cache_policy)
+    storage = parse_storage(offload_dir, num_disk_workers, cache_policy, pack_on_disk)
     request = parse_request(offload_granularity, offload_ratio, None, (name,), tier, storage, pair_passes)
     if held_policy(module) is not None:
         raise ValueError(f"{name} is offloaded already: disable its handle first")

@@ -115,15 +115,20 @@ class Storage:
         directory: holds a folder per component and content.
         workers: threads that read.
         cache_policy: "static", "fifo" or "lru": what of it host memory keeps.
+        packs: what is written is packed; None: if the device unpacks fast.
     """
 
     directory: Path
     workers: int = 2
     cache_policy: str = "static"
+    packs: bool | None = None
 
 
 def parse_storage(
-    offload_dir: str | os.PathLike | None, num_disk_workers: int, cache_policy: str
+    offload_dir: str | os.PathLike | None,
+    num_disk_workers: int,
+    cache_policy: str,
+    pack_on_disk: bool | None = None,
 ) -> Storage | None:
     """The arguments of the disk tier; None if there is no folder for it.
 
@@ -135,6 +140,7 @@ def parse_storage(
             f"num_disk_workers={quoted(num_disk_workers)} is no number of threads; use 1 or more, 2 to 4 for most disks"
         )
     check_word("cache_policy", cache_policy, CACHE_POLICIES)
+    check_packing("pack_on_disk", pack_on_disk)
     if offload_dir is None:
         return None
     if not isinstance(offload_dir, (str, os.PathLike)) or not str(offload_dir):
@@ -145,7 +151,16 @@ def parse_storage(
         raise ValueError(
             f"offload_dir={quoted(offload_dir)} cannot be a path; use a folder with room for the weights"
         )
-    return Storage(Path(offload_dir).expanduser(), num_disk_workers, cache_policy)
+    return Storage(Path(offload_dir).expanduser(), num_disk_workers, cache_policy, pack_on_disk)
+
+
+def check_packing(name: str, value: bool | None) -> bool | None:
+    """`value` if it says whether to pack; `name` is what the message calls it."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(
+            f"{name}={quoted(value)} is neither True nor False; leave it out to pack where the device unpacks fast"
+        )
+    return value
 
 
 @dataclass(frozen=True)

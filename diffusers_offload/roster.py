@@ -13,7 +13,7 @@ from .homes import Homes
 from .stems import Stems
 from .streams import Streams
 from .tiers.mapped import DiskMemory
-from .tiers.packed import PackedMemory
+from .tiers.packedmemory import PackedMemory, RevealedMemory
 from .transfers import Transfers, renewed
 
 
@@ -108,6 +108,7 @@ class Roster:
         residents = set(component.residents)
         for unit in units:
             if unit in residents:
+                self._transfers.unveil(unit)
                 self._transfers.settle(unit)
                 yield unit
         moving = [unit for unit in units if unit not in residents]
@@ -121,6 +122,7 @@ class Roster:
         # Closed, or its threads would live as long as the error that a failure ends in.
         with closing(self._transfers.tier.prepare([unit.nbytes for unit in moving])) as memory:
             for unit, host in zip(moving, memory, strict=True):
+                self._transfers.unveil(unit)
                 unit.weights.move_to_host(host)
                 yield unit
 
@@ -158,7 +160,7 @@ class Roster:
             self._transfers.disk.release(component)
         if not any(other.streamed for other in self.components):
             self.homes.arena.buffer = None
-        if not any(other.packs for other in self.components):
+        if not any(other.packs or other.on_disk for other in self.components):
             self._transfers.packed.close()
         self.streams.empty_cache()
 
@@ -226,7 +228,9 @@ class Roster:
         component.edited()
         for unit in [*component.stem, *component.streamed]:
             edited = component.on_disk and unit.weights.note_edits()
-            revealed = component.packs and not isinstance(unit.weights.host, PackedMemory)
+            host = unit.weights.host
+            packs = component.packs and not isinstance(host, PackedMemory)
+            revealed = packs or isinstance(host, RevealedMemory)
             if edited or revealed or not unit.weights.is_intact():
                 self._transfers.take_over(unit)
         for unit in component.residents:

@@ -132,6 +132,7 @@ def make_target(name: str, module: nn.Module, request: Request, by_name: bool) -
         choose_residents(anatomy, policy),
         flexible=name not in request.by_name,
         may_pack=name not in request.by_name and request.tier is None and policy.tier == "pinned",
+        packs_on_disk=request.storage.packs if request.storage is not None else None,
     )
 
 
@@ -153,7 +154,12 @@ def _shared_target(
         )
     granularity = plan.policy.granularity if plan.policy.streams else "block"
     return Target(
-        name, module, plan.policy, dissect(module, granularity), note="shared with another pipeline"
+        name,
+        module,
+        plan.policy,
+        dissect(module, granularity),
+        packs_on_disk=find_held(module).target.packs_on_disk,
+        note="shared with another pipeline",
     )
 
 

@@ -21,11 +21,13 @@ from torch import nn
 from . import slab
 from .deferred import Promises, lies_in, mapped_files
 from .log import logger
+from .packing.piece import VERSION
 from .report import size_text
 from .target import Target, build_component
 from .tiers import blockfile, folders
 from .tiers.blockfile import Part, StoreError
-from .tiers.mapped import build_on, names_in
+from .tiers.mapped import build_on, names_in, unveiled
+from .tiers.packed import Packer
 from .tiers.pinned import map_memory
 from .tiers.sealed import seal, unseal
 from .tiers.store import Store, folder_name, identity_of
@@ -46,6 +48,7 @@ class _Draft:
     tensors: tuple[torch.Tensor, ...]
     layout: slab.Layout
     odd: frozenset[int]  # ids of tensors that overlap others or have holes: copied as they lie
+    streams: bool  # and so may be packed
 
 
 def refuse_what_cannot(name: str, module: nn.Module) -> None:
@@ -68,6 +71,7 @@ def settle(
     stamp: str,
     promises: Promises,
     moved: Callable[[int], Any] = lambda nbytes: None,
+    packer: Packer | None = None,
 ) -> str:
     """Have the component's weights in block files below `root`, and let its tensors look at these.
 
@@ -76,6 +80,7 @@ def settle(
         stamp: another one whenever the weights may be others.
         promises: of weights that were not computed.
         moved: is told how many bytes have come to the disk, or were there.
+        packer: packs what is going to stream; None: it is written as it is.
 
     Returns:
         The identity of the weights: of their content.
@@ -92,14 +97,15 @@ def settle(
     for draft in drafts:
         blocks.setdefault(draft.block, []).append(draft)
     told = [(d.block, d.name, d.names, d.layout.nbytes, list(map(str, d.layout.placements))) for d in drafts]
-    key = blockfile.digest(json.dumps([stamp, told]).encode())
+    packed = [] if packer is None else [f"packed {VERSION}"]
+    key = blockfile.digest(json.dumps([stamp, told, *packed]).encode())
     note = root / _SOURCES / f"{folder_name(name, key)}.json"
     identity = _noted(note)
     store = _open(root, name, identity) if identity is not None else None
     if store is not None:
         moved(sum(draft.layout.nbytes for draft in drafts))
     else:
-        store = _write(root, name, key, blocks, promises, moved)
+        store = _write(root, name, key, blocks, promises, moved, packer)
         folders.make(root, note.parent)
         blockfile.replace(note, [memoryview(seal({"component": name, "identity": store.identity}))])
     with store:
@@ -133,16 +139,23 @@ def _drafts(target: Target) -> list[_Draft]:
     for number, unit in enumerate(component.residents):  # small, and never streamed
         drafts.append(_draft(f"at_hand.{number}", "at_hand", unit.weights.tensors, names, odd))
     for unit in (*component.stem, *component.streamed):
-        drafts.append(_draft(unit.name, unit.block, unit.weights.tensors, names, odd))
+        streams = bool(unit.modules)
+        drafts.append(_draft(unit.name, unit.block, unit.weights.tensors, names, odd, streams))
     return drafts
 
 
 def _draft(
-    name: str, block: str, tensors: Sequence[torch.Tensor], names: dict[int, str], odd: frozenset[int]
+    name: str,
+    block: str,
+    tensors: Sequence[torch.Tensor],
+    names: dict[int, str],
+    odd: frozenset[int],
+    streams: bool = False,
 ) -> _Draft:
     # Laid out by themselves: where in the checkpoint a tensor lies, and how it is aligned there, is left behind.
     alone = [t if id(t) in odd else _without_place(t) for t in tensors]
-    return _Draft(name, block, tuple(names[id(t)] for t in tensors), tuple(tensors), slab.lay_out(alone), odd)
+    called = tuple(names[id(t)] for t in tensors)
+    return _Draft(name, block, called, tuple(tensors), slab.lay_out(alone), odd, streams)
 
 
 def _without_place(tensor: torch.Tensor) -> torch.Tensor:
@@ -176,14 +189,24 @@ def _part(draft: _Draft, promises: Promises) -> Part:
     """The unit's weights as its file holds them, computed now."""
     # Not from malloc, which keeps some of what is freed: with every block a little more of the model would stay.
     data = map_memory(draft.layout.nbytes)[1]
-    for tensor, view in zip(draft.tensors, slab.views(draft.layout, data), strict=True):
-        if id(tensor) not in draft.odd:
-            promises.copy_to(tensor, view)
-    odd = [tensor for tensor in draft.tensors if id(tensor) in draft.odd]
+    with unveiled(draft.tensors):  # one module under two names was written already, and packed
+        for tensor, view in zip(draft.tensors, slab.views(draft.layout, data), strict=True):
+            if id(tensor) not in draft.odd:
+                promises.copy_to(tensor, view)
+        odd = [tensor for tensor in draft.tensors if id(tensor) in draft.odd]
+        if odd:
+            _copy_odd(draft, odd, data)
+    return Part(draft.name, draft.layout, draft.names, data)
+
+
+def _copy_odd(draft: _Draft, odd: Sequence[torch.Tensor], data: torch.Tensor) -> None:
     storages = {slab.storage_of(tensor) for tensor in odd}
     regions = tuple(region for region in draft.layout.regions if region.span.storage in storages)
     slab.gather(replace(draft.layout, regions=regions), odd, data)
-    return Part(draft.name, draft.layout, draft.names, data)
+
+
+def _packed(part: Part, packer: Packer) -> Part:
+    return packer.pack_part(part, blockfile.digest_of(part))
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -196,6 +219,7 @@ def _write(
     blocks: dict[str, list[_Draft]],
     promises: Promises,
     moved: Callable[[int], Any],
+    packer: Packer | None,
 ) -> Store:
     """Write what is not written yet, and open the store that holds it."""
     folders.make(root, root / _UNFINISHED)
@@ -209,20 +233,29 @@ def _write(
                 "%s: going on with %d of %d blocks on disk", name, len(blocks) - len(missing), len(blocks)
             )
 
+        def part(draft: _Draft) -> Part:
+            made = _part(draft, promises)
+            return _packed(made, packer) if packer is not None and draft.streams else made
+
         def write(block: str) -> int:
             with torch.inference_mode(False):
-                unfinished.put(block, [_part(draft, promises) for draft in blocks[block]])
+                unfinished.put(block, [part(draft) for draft in blocks[block]])
             return sum(draft.layout.nbytes for draft in blocks[block])
 
-        with ThreadPoolExecutor(_WRITERS) as pool:
+        # What is packed is in memory twice meanwhile: so one block at a time.
+        with ThreadPoolExecutor(_WRITERS if packer is None else 1) as pool:
             try:
                 for done in as_completed([pool.submit(write, block) for block in missing]):
                     moved(done.result())
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-        prints = [(block, unfinished.get(block).fingerprint) for block in blocks]
-        store = Store(root, name, identity_of(prints), rebuild=True)
+        files = {block: unfinished.get(block) for block in blocks}
+        if packer is None:
+            identity = identity_of((block, file.fingerprint) for block, file in files.items())
+        else:
+            identity = identity_of(((block, file.content) for block, file in files.items()), VERSION)
+        store = Store(root, name, identity, rebuild=True)
         try:
             if not store.complete:
                 for block in blocks:

@@ -13,7 +13,7 @@ from torch import nn
 from . import slab
 from .component import Component, State
 from .engine import Engine
-from .tiers.packed import PackedMemory
+from .tiers.packedmemory import PackedMemory
 from .units import own_tensors
 
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from . import planner, slab
 from .component import Component, Unit
-from .packing import expected_nbytes
+from .packing import expected_nbytes, unpacks_fast
 from .planner import ComponentPlan, Plan, UnitSize
 from .policy import STREAMING, OffloadPolicy
+from .tiers.mapped import veil_of
 from .tiers.packed import ring_bytes
 from .units import Anatomy, Findings, Part, at_hand, chunks, dissect, silent_writers, tensors_of
 from .weights import Weights
@@ -31,6 +32,7 @@ class Target:
         stays: the stem stays as well.
         flexible: its units may be made smaller where memory is short: the user did not name their size.
         may_pack: its units may be packed where that is faster: the user did not say where they are to be.
+        packs_on_disk: whether its files are packed if it is on disk; None: if the device unpacks fast.
         note: why the policy is not what the call asked for, or "".
     """
 
@@ -44,6 +46,7 @@ class Target:
     stays: bool = False
     flexible: bool = False
     may_pack: bool = False
+    packs_on_disk: bool | None = None
     note: str = ""
 
     @property
@@ -180,16 +183,25 @@ def _by_contents(component: Component) -> dict[tuple, Unit]:
 
 def make_plan(targets: Sequence[Target], device: torch.device) -> Plan:
     """What `targets` come to: sizes in bytes, one arena for all."""
-    components = tuple(map(_component_plan, targets))
-    packed = [
-        unit.host_bytes for each in components if each.policy.tier == "packed" for unit in each.streamed
-    ]
+    packing = [_packs(target, device) for target in targets]
+    components = tuple(map(_component_plan, targets, packing))
+    pairs = zip(components, packing, strict=True)
+    packed = [unit.host_bytes for each, packs in pairs if packs for unit in each.streamed]
     return Plan(str(device), components, ring_bytes(packed) if device.type != "cpu" else 0)
 
 
-def _component_plan(target: Target) -> ComponentPlan:
+def _packs(target: Target, device: torch.device) -> bool:
+    """Whether what streams of it is packed while it is not on the device, in memory or on disk."""
+    if not target.policy.streams or target.policy.tier != "disk":
+        return target.policy.tier == "packed"
+    wanted = target.packs_on_disk
+    tensors = (tensor for part in target.anatomy.parts for tensor in part.tensors)
+    written = unpacks_fast(device) if wanted is None else wanted
+    return written or any(veil_of(tensor) is not None for tensor in tensors)
+
+
+def _component_plan(target: Target, packs: bool) -> ComponentPlan:
     parts = target.anatomy.parts if target.policy.streams else ()
-    packs = target.policy.tier == "packed"
     sizes = [
         UnitSize(
             part.name, slab.lay_out(part.tensors).nbytes, expected_nbytes(part.tensors) if packs else None

@@ -18,8 +18,9 @@ from .slab import ALIGNMENT
 from .stopwatch import Stopwatch
 from .streams import Streams
 from .tiers.disk import DiskTier
-from .tiers.mapped import DiskMemory
-from .tiers.packed import PackedMemory, PackedTier
+from .tiers.mapped import DiskMemory, unveil
+from .tiers.packed import PackedTier
+from .tiers.packedmemory import PackedMemory, RevealedMemory
 from .tiers.pinned import HostMemory, PinnedTier
 from .weights import Weights
 
@@ -46,7 +47,9 @@ class Transfers:
     ) -> None:
         self.tier = PinnedTier(streams)
         self.packed = PackedTier(streams, self.tier, counters, self.allocate)
-        self.disk = DiskTier(streams, storage, host_limit, self.tier) if storage is not None else None
+        self.disk = None
+        if storage is not None:
+            self.disk = DiskTier(streams, storage, host_limit, self.tier, self.packed)
         self._streams = streams
         self._counters = counters
         self.stopwatch: Stopwatch | None = None  # times what is loaded, while there is one
@@ -81,12 +84,17 @@ class Transfers:
             if counters.timing:
                 counters.depart(streams.load)
             began = self.stopwatch.departs(streams.load) if self.stopwatch is not None else None
-            behind = self._queue(source, buffer)
-            if on_disk:
+            try:
+                behind = self._queue(source, buffer)
+            finally:  # of what failed half way, too, copies may be under way
+                if on_disk:
+                    self.disk.loaded(host, streams.load)
+            if on_disk and unit.weights.written_bytes:
+                if behind is not streams.load:
+                    streams.load.wait_stream(behind)
+                    behind = streams.load
                 unit.weights.renew_written()
             unit.ready.record(behind)
-            if on_disk:
-                self.disk.loaded(host, unit.ready)
             counters.loaded(unit, source.bytes.numel(), behind)
             if began is not None:
                 self.stopwatch.copied(unit.nbytes, began, behind)
@@ -111,10 +119,17 @@ class Transfers:
 
         Yields each unit once it is there.
         """
-        packing = [unit for unit in units if unit.component.packs and unit.modules]
-        with closing(self.packed.pack_each([unit.weights for unit in packing])) as all_packed:
+
+        def packing() -> Iterator[Weights]:
+            for unit in units:
+                if unit.component.packs and unit.modules:
+                    self.unveil(unit)
+                    yield unit.weights
+
+        with closing(self.packed.pack_each(packing())) as all_packed:
             for unit in units:
                 packed = next(all_packed) if unit.component.packs and unit.modules else None
+                self.unveil(unit)
                 if packed is not None:
                     unit.weights.move_to_host(packed, filled=True)
                 else:
@@ -125,7 +140,15 @@ class Transfers:
         """The host holds the unit's weights as they are: before they go elsewhere, or somebody edits them."""
         host = unit.weights.host
         if isinstance(host, PackedMemory):
-            unit.weights.reveal(HostMemory(self.packed.raw(host, unit.nbytes), False), host.blank)
+            veil = host if isinstance(host, DiskMemory) else None
+            data = self.disk.spare_memory(unit.nbytes) if veil is not None else None
+            revealed = RevealedMemory(self.packed.raw(host, unit.nbytes, data), False, veil)
+            unit.weights.reveal(revealed, host.blank)
+
+    def unveil(self, unit: Unit) -> None:
+        """Before a unit is taken in: its tensors may look at what stands in for them in a packed file."""
+        if unveil(unit.weights.tensors, self.packed.raw):
+            unit.weights = renewed(unit.weights)
 
     def write_back(self, unit: Unit, changed: Sequence[int], behind: Any) -> None:
         """Copy tensors that the unit wrote to (a buffer, say) to the host, where readers look for them.
@@ -138,9 +161,15 @@ class Transfers:
         host = unit.weights.host
         if isinstance(host, PackedMemory) and any(host.is_blank(unit.weights.tensors[i]) for i in changed):
             # For good: what is written to again and again is not worth packing.
-            memory = self.tier.allocate(unit.nbytes)
-            memory.bytes.copy_(self.packed.raw(host, unit.nbytes))
-            unit.weights.reveal(memory, host.blank)
+            if unit.component.on_disk:
+                with torch._C.DisableTorchFunction():  # who watches the forward must not take this for a use
+                    self.reveal(unit)
+                    unit.weights.lay_out_anew()
+                    self.disk.edit(unit, host, packs=False)
+            else:
+                memory = self.tier.allocate(unit.nbytes)
+                memory.bytes.copy_(self.packed.raw(host, unit.nbytes))
+                unit.weights.reveal(memory, host.blank)
         streams = self._streams
         streams.evict.wait_stream(behind)
         before = streams.switch(streams.evict)
@@ -175,6 +204,8 @@ class Transfers:
         unit.component.edited()
         self.reveal(unit)
         before, unit.weights = unit.weights.host, renewed(unit.weights)
+        if isinstance(before, RevealedMemory) and before.veil is not None:
+            before = before.veil
         if unit.component.on_disk:
             self.disk.edit(unit, before)
         else:

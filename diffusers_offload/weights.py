@@ -50,6 +50,11 @@ class Weights:
             set()
         )  # tensors that units wrote to: the host's bytes are newer than a file's
 
+    def lay_out_anew(self) -> None:
+        """Before they are moved: somebody has pointed the tensors elsewhere since they were taken in."""
+        self.layout = slab.lay_out(self.tensors)
+        self.nbytes = self.layout.nbytes
+
     def move_to_host(self, host: HostMemory, filled: bool = False) -> None:
         """Copy the tensors from where they are into `host` and let go of where they were.
 

@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 
 from diffusers_offload import slab
-from diffusers_offload.tiers import blockfile, header
+from diffusers_offload.tiers import blockfile, words
 from diffusers_offload.tiers.blockfile import PAGE, Part, StoreError
 
-KNOWN = [getattr(torch, name) for name in header._WORDS if hasattr(torch, name)]
+KNOWN = [getattr(torch, name) for name in words.WORDS if hasattr(torch, name)]
 UNKNOWN = [torch.complex32, torch.complex128]
 
 

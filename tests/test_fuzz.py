@@ -214,6 +214,7 @@ def arguments(**more: st.SearchStrategy) -> st.SearchStrategy[dict[str, Any]]:
         "offload_ratio": RATIOS,
         "max_device_memory": SIZES | st.integers(1, 3000),
         "max_host_memory": SIZES | st.integers(1, 3000),
+        "pack_on_disk": st.none() | st.booleans(),
         **more,
     }
     # Mostly plausible: of several wrong arguments only the first is looked at.

@@ -112,8 +112,9 @@ def test_identities_that_are_none_are_refused(tmp_path, identity):
 # --- edits while on disk ----------------------------------------------------------------------------------
 
 
-def lies(stored, part: Part) -> bool:
-    """Whether `stored` holds the bytes of `part`."""
+def lies(found, part: Part) -> bool:
+    """Whether what was found holds the bytes of `part`."""
+    stored = found.stored
     blockfile.read(stored, torch.empty(stored.nbytes, dtype=torch.uint8))
     return stored.digest == blockfile.digest_of(part)
 
@@ -125,9 +126,7 @@ def test_edited_weights_are_served_here_and_never_as_the_models(tmp_path, filled
         opened.edit(BLOCKS[1], second)
         assert lies(opened.edit(BLOCKS[1], other), other)
         assert lies(opened.edit(BLOCKS[1], first), first)  # whatever becomes of the block's other parts
-        assert (
-            opened.edit(BLOCKS[1], model) == opened.get(BLOCKS[1]).parts[1].stored
-        )  # a LoRA taken out again
+        assert opened.edit(BLOCKS[1], model) == opened.get(BLOCKS[1]).parts[1]  # a LoRA taken out again
         assert opened.complete and holds(opened, BLOCKS[1]) and not verify(opened)
         assert sum(name.startswith("edited-") for name in os.listdir(filled)) == 1
     with Store(tmp_path, "transformer", MINE) as opened:

@@ -2,13 +2,15 @@
 
 A part is what moves as a whole: the block, or one of its phases. Parts start at multiples of `PAGE` in the file
 and are padded to the next, so that one `preadv` (with O_DIRECT too) of `align(nbytes, PAGE)` bytes fills a slab.
-A file is replaced as a whole or not at all. What is read from one is checked before it is believed.
+A file is replaced as a whole or not at all. What is read from one is checked before it is believed. A part may be
+packed (`packings`): the read then brings the packed bytes.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -22,7 +24,9 @@ import torch
 
 from ..slab import Layout
 from . import digests, header
-from .header import PAGE
+from .header import PAGE, Described
+from .packings import Packing
+from .parts import Part, as_bytes, digest_of, pieces_of
 
 TEMPORARY = ".tmp"  # what the name of an unfinished file ends in
 _PIECES = 512  # per system call; IOV_MAX is 1024 on Linux
@@ -30,24 +34,6 @@ _PIECES = 512  # per system call; IOV_MAX is 1024 on Linux
 
 class StoreError(OSError):
     """What is on the disk, or where it should go, cannot be used; the message names the file and a remedy."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What is to be written as a whole.
-
-    Attributes:
-        name: of the unit.
-        layout: of its slab.
-        names: of the tensors in the component, in the order of `layout.placements`.
-        data: the slab: uint8, contiguous, on the CPU, at least `layout.nbytes` long; or the bytes of each of
-            `layout.regions`, wherever they lie there.
-    """
-
-    name: str
-    layout: Layout
-    names: tuple[str, ...]
-    data: torch.Tensor | Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,12 +48,25 @@ class Stored:
 
 @dataclass(frozen=True)
 class StoredPart:
-    """A part as it lies in a file; spans of `layout.regions` count from the slab's first byte."""
+    """A part as it lies in a file; spans of `layout.regions` count from the slab's first byte.
+
+    Attributes:
+        stored: the slab, or what it is packed into.
+        packing: how; None if it is not packed.
+    """
 
     name: str
     layout: Layout
     names: tuple[str, ...]
     stored: Stored
+    packing: Packing | None = None
+
+    @property
+    def content(self) -> str:
+        """The same for the same tensors under the same names, packed or not."""
+        slab = self.packing.digest if self.packing is not None else self.stored.digest
+        told = [self.name, self.names, self.layout.nbytes, slab, list(map(str, self.layout.placements))]
+        return digest(json.dumps(told).encode())
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,13 @@ class BlockFile:
     fingerprint: str
     parts: tuple[StoredPart, ...]
 
+    @property
+    def content(self) -> str:
+        """The same for the same tensors in the same parts, packed or not."""
+        return digest(*(part.content.encode() for part in self.parts))
 
-# --- what a slab holds ------------------------------------------------------------------------------------
+
+# --- digests ------------------------------------------------------------------------------------
 
 
 def digest(*pieces: bytes | memoryview) -> str:
@@ -98,53 +102,6 @@ def digest(*pieces: bytes | memoryview) -> str:
     for piece in pieces:
         state.update(piece)
     return state.hexdigest()
-
-
-def digest_of(part: Part) -> str:
-    """The digest of a part's slab as it would be written, with zeros where no tensor lies."""
-    return digests.of_slab(_pieces(part))
-
-
-def as_bytes(data: torch.Tensor) -> memoryview:
-    """The bytes of `data` (uint8, contiguous, on the CPU) without a copy."""
-    if data.dtype != torch.uint8 or data.device.type != "cpu" or data.dim() != 1 or not data.is_contiguous():
-        raise ValueError("a slab is a contiguous uint8 tensor on the CPU with one dimension")
-    return memoryview(data.detach().numpy())
-
-
-def _pieces(part: Part) -> list[memoryview]:
-    """The slab in the order of the file.
-
-    What lies between the tensors of a slab that was used before is anything: zeros are written in its place,
-    so that the same weights give the same bytes.
-    """
-    cuts = header.ranges(part.layout)
-    if isinstance(part.data, torch.Tensor):
-        raw = as_bytes(part.data)
-        if len(raw) < part.layout.nbytes:
-            raise ValueError(f"the slab of {part.name!r} is shorter than its layout")
-        found = [raw[cut.start : cut.stop] for cut in cuts]
-    else:
-        found = _among_regions(part, cuts)
-    return [
-        memoryview(bytes(cut.stop - cut.start)) if cut.gap else view
-        for cut, view in zip(cuts, found, strict=True)
-    ]
-
-
-def _among_regions(part: Part, cuts: Sequence[header.Range]) -> list[memoryview]:
-    """The bytes of each of `cuts`; a gap has any."""
-    pairs = sorted(zip(part.layout.regions, part.data, strict=True), key=lambda pair: pair[0].offset)
-    if any(data.numel() != region.nbytes for region, data in pairs):
-        raise ValueError(f"the regions of {part.name!r} are not as long as its layout says")
-    found, rest = [], iter(pairs)
-    for cut in cuts:
-        if cut.gap:
-            found.append(memoryview(b""))
-            continue
-        region, data = next(rest)  # both are in the order of the slab, and no region is cut in two
-        found.append(as_bytes(data)[cut.start - region.offset : cut.stop - region.offset])
-    return found
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -173,7 +130,8 @@ def write(path: Path | str, parts: Sequence[Part], digests: Sequence[str] | None
 def _plan(path: Path, parts: Sequence[Part], digests: Sequence[str] | None) -> tuple[bytes, BlockFile]:
     if digests is None:
         digests = [digest_of(part) for part in parts]
-    told = [(part.name, part.names, part.layout, text) for part, text in zip(parts, digests, strict=True)]
+    pairs = zip(parts, digests, strict=True)
+    told = [Described(p.name, p.names, p.layout, p.nbytes, text, p.packing) for p, text in pairs]
     head, nbytes = header.encode(told)
     return head, _described(path, head, nbytes)  # read as it will be: what cannot be read is not written
 
@@ -181,8 +139,13 @@ def _plan(path: Path, parts: Sequence[Part], digests: Sequence[str] | None) -> t
 def _in_order(head: bytes, parts: Sequence[Part]) -> Iterator[memoryview]:
     yield memoryview(head)
     for part in parts:
-        yield from _pieces(part)
-        yield memoryview(bytes(-part.layout.nbytes % PAGE))
+        yield from pieces_of(part)
+        yield memoryview(bytes(-part.nbytes % PAGE))
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether it is called like what `replace` leaves behind if the process is killed."""
+    return path.name.startswith(".") and path.suffix == TEMPORARY
 
 
 def is_temporary(path: Path) -> bool:
@@ -387,7 +350,8 @@ def _described(path: Path, head: bytes, data_nbytes: int) -> BlockFile:
             part.name,
             part.layout,
             part.names,
-            Stored(path, len(head) + part.offset, part.layout.nbytes, part.digest),
+            Stored(path, len(head) + part.offset, part.nbytes, part.digest),
+            part.packing,
         )
         for part in header.decode(head, data_nbytes)
     )

@@ -37,7 +37,9 @@ class Buffer:
         self.pinned = kept  # the cache must not evict it: it is read, or copied to the device
         self.read: Read  # that fills it
         self.when = 0  # the load that is expected to use it first
-        self.copied: Any = None  # the event behind the copy to the device that was queued last
+        self.copied: Any = (
+            None  # the event behind the copy to the device that was queued last: of bytes as they are
+        )
         self.used = False  # since it was read
 
     def is_ready(self) -> bool:
@@ -174,7 +176,7 @@ class Buffers:
         if buffer is None:
             buffer = self._fetch(host, self._count) or self._fetch_at_once(host)
         if buffer is None:  # a stem, which streams past the cache
-            return HostMemory(host.bytes, False)
+            return host.lying_in(host)
         try:
             buffer.read.wait()
         except BaseException:
@@ -189,13 +191,16 @@ class Buffers:
         if buffer.kept and not buffer.pinned:  # until the copy is done
             self._cache.pin(host.key)
             buffer.pinned = True
-        return HostMemory(buffer.memory.bytes[: host.bytes.numel()], buffer.memory.pinned)
+        return host.lying_in(buffer.memory)
 
-    def loaded(self, host: DiskMemory, ready: Any) -> None:
-        """The copy is queued, and `ready` recorded behind it."""
+    def loaded(self, host: DiskMemory, stream: Any) -> None:
+        """The copy out of what `fetch` gave is queued on `stream`."""
         buffer = self._lying.get(host.key)
         if buffer is not None:
-            buffer.used, buffer.copied = True, ready
+            if buffer.copied is None:
+                buffer.copied = self._streams.event()
+            buffer.copied.record(stream)
+            buffer.used = True
 
     def forget(self, host: DiskMemory) -> None:
         """What the host holds of a unit is of no use any more."""

@@ -1,22 +1,30 @@
 """The disk tier: weights in block files, of which the host holds as much as it may.
 
 Between its uses a unit's tensors look at a private mapping of its file (`files`), so whoever reads them finds true
-values and only the page cache pays. What goes to the device takes another way: worker threads read it, past the page
-cache, into pinned memory, ahead of its use (`buffers`).
+values and only the page cache pays; those of a packed unit look at what stands in for them, as in the packed tier.
+What goes to the device takes another way: worker threads read it, past the page cache, into pinned memory, ahead of its
+use (`buffers`).
 """
 
 from __future__ import annotations
 
+import mmap
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..log import logger
+from ..packing import unpacks_fast
 from ..report import DiskReport
 from .buffers import Buffers, room_for
 from .files import Files
 from .mapped import DiskMemory
-from .pinned import HostMemory, PinnedTier
+from .packed import PackedMemory, PackedTier, Packer
+from .pinned import HostMemory, PinnedTier, map_memory
 
 if TYPE_CHECKING:
     from ..component import Component, Unit
@@ -33,12 +41,26 @@ class DiskTier:
         storage: the folder, how many threads read, and what is kept.
         limit: bytes of host memory for buffers; None: half of what the machine has available.
         pinned: allocates the buffers and copies from them.
+        packed: unpacks what is packed in a file.
     """
 
-    def __init__(self, streams: Streams, storage: Storage, limit: int | None, pinned: PinnedTier) -> None:
+    def __init__(
+        self,
+        streams: Streams,
+        storage: Storage,
+        limit: int | None,
+        pinned: PinnedTier,
+        packed: PackedTier,
+    ) -> None:
         self._policy = storage.cache_policy
         self._limit = limit
-        self._files = Files(storage.directory)
+        self._directory = storage.directory
+        self._packed = packed
+        fast = unpacks_fast(streams.device)
+        self.packs = fast if storage.packs is None else storage.packs  # what is written
+        self._files = Files(
+            storage.directory, Packer(streams, fast, pinned) if self.packs else None, packed.raw
+        )
         self._buffers = Buffers(streams, pinned, storage.workers)
         self._units: list[Unit] = []  # that stream
         self._outgrown = False  # one of them has another size than the buffers were made for
@@ -53,16 +75,25 @@ class DiskTier:
         """
         return self._files.put(component, units)
 
-    def edit(self, unit: Unit, before: HostMemory | None) -> None:
+    def edit(self, unit: Unit, before: HostMemory | None, packs: bool = True) -> None:
         """Write a unit's weights, which are others than the model's now, to a file of this process's own.
 
         Args:
             before: where they were on the host.
+            packs: they may be packed.
         """
-        if isinstance(before, DiskMemory):
+        on_disk = isinstance(before, DiskMemory)
+        if on_disk and before.is_edited:  # that file is going to be another one
             self._buffers.forget(before)
-        host = self._files.edit(unit)
-        same = isinstance(before, DiskMemory) and room_for(before.bytes.numel()) == room_for(unit.nbytes)
+        host = self._files.edit(unit, packs)
+        if on_disk and host.key == before.key and not before.is_edited:  # nothing was edited
+            return
+        if on_disk:
+            self._buffers.forget(before)
+        if isinstance(host, PackedMemory):
+            self._packed.expect(host)
+        room = room_for(host.bytes.numel())
+        same = on_disk and room_for(before.bytes.numel()) == room
         if same and self._buffers.knows(before):
             self._buffers.rename(before, host)
         elif unit in self._units:
@@ -80,6 +111,28 @@ class DiskTier:
         """The component is offloaded no longer. The model's files stay, those of what it had become go."""
         self._files.release(component)
 
+    def spare_memory(self, nbytes: int) -> torch.Tensor:
+        """Zeros (uint8) for a slab that is unpacked for a while: a file without a name where memory is short.
+
+        All of a component may be unpacked at once, and it is on disk because the host cannot hold it.
+        """
+        if nbytes > available_memory() * _SHARE:
+            try:
+                with tempfile.TemporaryFile(dir=self._directory) as file:
+                    os.posix_fallocate(
+                        file.fileno(), 0, nbytes
+                    )  # a hole that cannot be filled kills the process
+                    mapping = mmap.mmap(file.fileno(), nbytes)
+                with torch.inference_mode(False):
+                    return torch.frombuffer(mapping, dtype=torch.uint8)
+            except OSError as error:
+                logger.warning(
+                    "%s has no room for what is unpacked for a while (%s): it takes host memory",
+                    self._directory,
+                    error,
+                )
+        return map_memory(nbytes)[1]
+
     # --- what the host holds --------------------------------------------------------------------------
 
     def assign(self, units: Iterable[Unit]) -> None:
@@ -90,6 +143,9 @@ class DiskTier:
         """
         self._units, self._outgrown = list(units), False
         hosts = [unit.weights.host for unit in self._units if isinstance(unit.weights.host, DiskMemory)]
+        for host in hosts:
+            if isinstance(host, PackedMemory):
+                self._packed.expect(host)
         sizes = {host.key: room_for(host.bytes.numel()) for host in hosts}
         self._buffers.assign(sizes, self.limit if sizes else 0, self._policy)
 
@@ -157,9 +213,9 @@ class DiskTier:
         self._keep_up()
         return self._buffers.fetch(host)
 
-    def loaded(self, host: DiskMemory, ready: Any) -> None:
-        """The copy is queued, and `ready` recorded behind it."""
-        self._buffers.loaded(host, ready)
+    def loaded(self, host: DiskMemory, stream: Any) -> None:
+        """The copy out of what `fetch` gave is queued on `stream`."""
+        self._buffers.loaded(host, stream)
 
     def _keep_up(self) -> None:
         """If a unit has been edited into another size, share the memory out anew."""

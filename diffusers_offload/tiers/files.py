@@ -12,16 +12,20 @@ import mmap
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import slab
+from ..packing import expected_nbytes
+from ..packing.piece import VERSION
 from . import blockfile, folders
 from .blockfile import BlockFile, Part
 from .lock import delete_unused
-from .mapped import DiskMemory, MappedPart, map_file, map_part, mapped_already, names_in
+from .mapped import DiskMemory, MappedPart, Unpacks, map_file, map_part, mapped_already, names_in, unveiled
+from .packed import Packer
 from .pinned import map_memory
 from .store import Store, file_name, identity_of
 from .traces import private_bytes
@@ -48,17 +52,24 @@ class _Shelf:
         """The latest first."""
         return [*reversed(self.passing), *reversed(self.lasting)]
 
-    def find(self, block: str, fingerprint: str) -> BlockFile | None:
-        """The file that holds just this."""
+    def find(self, block: str, content: str) -> BlockFile | None:
+        """The file that holds just this, packed or not."""
         files = (store.get(block) for store in self.stores if block in store.blocks())
-        return next((file for file in files if file.fingerprint == fingerprint), None)
+        return next((file for file in files if file.content == content), None)
 
 
 class Files:
-    """Puts weights into files below `directory`."""
+    """Puts weights into files below `directory`.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        packer: packs what streams before it is written; None: it is written as it is.
+        raw: unpacks what is packed.
+    """
+
+    def __init__(self, directory: Path, packer: Packer | None, raw: Unpacks) -> None:
         self._directory = directory
+        self._packer = packer
+        self._raw = raw
         self._shelves: dict[Component, _Shelf] = defaultdict(_Shelf)
         self._swept = False
 
@@ -82,8 +93,8 @@ class Files:
         # Weights are known by what they are, not by what they are called: so all are looked at before one is written.
         missing: dict[str, _Draft] = {}
         for block, members in blocks.items():
-            draft = _draft(block, members, names)
-            file = shelf.find(block, draft.fingerprint)
+            draft = self._draft(block, members, names)
+            file = shelf.find(block, draft.content)
             if file is None:
                 missing[block] = draft
             else:
@@ -101,23 +112,30 @@ class Files:
         root, shelved = self._directory, shelf.lasting
         if passes:
             root, shelved = self._directory / _PASSING, shelf.passing
-        identity = identity_of((draft.block, draft.fingerprint) for draft in drafts.values())
+        if self._packer is None:
+            identity = identity_of((draft.block, draft.fingerprint) for draft in drafts.values())
+        else:
+            identity = identity_of(((draft.block, draft.content) for draft in drafts.values()), VERSION)
         store = Store(root, component.name, identity, True, _PATIENCE)
         shelved.append(store)
         was_empty = not store.blocks()
 
-        def write(pair: tuple[_Draft, list[Part]]) -> BlockFile:
+        def write(pair: tuple[_Draft, list[Part] | None]) -> BlockFile:
             draft, parts = pair
-            return store.put(draft.block, parts, draft.digests)
+            if parts is None:
+                return store.get(draft.block)
+            return store.put(draft.block, parts, draft.digests if self._packer is None else None)
 
         # Made in this thread: what is on a device is copied behind what its stream does.
-        pairs = ((draft, [_part(unit, names) for unit in draft.units]) for draft in drafts.values())
+        pairs = ((draft, self._parts(draft, names, store)) for draft in drafts.values())
+        # What is packed is a copy: so one block at a time.
+        writers = _WRITERS if self._packer is None else 1
 
         try:
             needed = [draft.nbytes for block, draft in drafts.items() if block not in store.blocks()]
             if needed:
                 folders.require_space(store.folder, sum(needed))
-            for draft, file in zip(drafts.values(), _ahead(write, pairs), strict=True):
+            for draft, file in zip(drafts.values(), _ahead(write, pairs, writers), strict=True):
                 yield from _look_at(file, draft.units)
             store.commit(list(drafts))
         except BaseException:
@@ -126,8 +144,42 @@ class Files:
                 store.discard()
             raise
 
-    def edit(self, unit: Unit) -> DiskMemory:
+    def _draft(self, block: str, units: list[Unit], names: Mapping[int, str]) -> _Draft:
+        with self._true_values(units):
+            parts = [_part(unit, names) for unit in units]
+            digests = [blockfile.digest_of(part) for part in parts]
+        file = blockfile.plan(file_name(block), parts, digests)
+        nbytes = sum(expected_nbytes(u.weights.tensors) if self._packs(u) else u.nbytes for u in units)
+        return _Draft(block, units, digests, file.fingerprint, file.content, nbytes)
+
+    def _parts(self, draft: _Draft, names: Mapping[int, str], store: Store) -> list[Part] | None:
+        """What is to be written of a block; None if that is there already: to find out is to pack it."""
+        there = store.get(draft.block) if draft.block in store.blocks() else None
+        if self._packer is not None and there is not None and there.content == draft.content:
+            return None
+        with self._true_values(draft.units):
+            parts = [_part(unit, names) for unit in draft.units]
+            triples = zip(draft.units, parts, draft.digests, strict=True)
+            return [self._packer.pack_part(p, text) if self._packs(u) else p for u, p, text in triples]
+
+    def _packs(self, unit: Unit) -> bool:
+        """Whether it is packed before it is written: stems are not, which others may look into."""
+        return self._packer is not None and bool(unit.modules)
+
+    @contextmanager
+    def _true_values(self, units: Iterable[Unit]) -> Iterator[None]:
+        """Within, no tensor of a unit that is to be written looks at what stands in for it."""
+        units = list(units)
+        with unveiled([t for unit in units for t in unit.weights.tensors], self._raw) as somewhere_else:
+            for unit in units if somewhere_else else ():
+                unit.weights.lay_out_anew()
+            yield
+
+    def edit(self, unit: Unit, packs: bool = True) -> DiskMemory:
         """Write a unit's weights, which are others than the model's now, to a file of this process's own.
+
+        Args:
+            packs: they may be packed.
 
         Raises:
             StoreError: nothing can be written; the unit is as it was.
@@ -138,11 +190,12 @@ class Files:
         )
         if store is None:  # it was never on the disk
             for _ in self._write(
-                unit.component, {unit.block: _draft(unit.block, [unit], names)}, names, True
+                unit.component, {unit.block: self._draft(unit.block, [unit], names)}, names, True
             ):
                 pass
             return unit.weights.host
-        host = map_part(store.edit(unit.block, _part(unit, names)))
+        pack = self._packer.pack_part if packs and self._packs(unit) else None
+        host = map_part(store.edit(unit.block, _part(unit, names), pack))
         unit.weights.move_to_host(host, filled=True)
         return host
 
@@ -163,9 +216,10 @@ class Files:
         lasting = {store.folder for store in shelf.lasting}
         hosts = [unit.weights.host for unit in before.units if isinstance(unit.weights.host, DiskMemory)]
         shelf.ground = {
-            host.bytes.untyped_storage().data_ptr()
+            looked_at.untyped_storage().data_ptr()
             for host in hosts
             if host.stored.path.parent in lasting and not host.is_edited
+            for looked_at in (host.bytes, getattr(host, "blank", host.bytes))
         }
 
     def release(self, component: Component) -> None:
@@ -212,16 +266,10 @@ class _Draft:
 
     block: str
     units: list[Unit]
-    digests: list[str]
+    digests: list[str]  # of the slabs, as they are
     fingerprint: str
-    nbytes: int
-
-
-def _draft(block: str, units: list[Unit], names: Mapping[int, str]) -> _Draft:
-    parts = [_part(unit, names) for unit in units]
-    digests = [blockfile.digest_of(part) for part in parts]
-    file = blockfile.plan(file_name(block), parts, digests)
-    return _Draft(block, units, digests, file.fingerprint, file.nbytes)
+    content: str
+    nbytes: int  # that it is expected to take
 
 
 def _part(unit: Unit, names: Mapping[int, str]) -> Part:
@@ -232,7 +280,11 @@ def _part(unit: Unit, names: Mapping[int, str]) -> Part:
     else:
         data = map_memory(weights.nbytes)[1]
         slab.gather(weights.layout, weights.tensors, data)
-    return Part(unit.name, weights.layout, tuple(names[id(tensor)] for tensor in weights.tensors), data)
+    # A tensor that the module has no longer (another parameter was put in its place) belongs to the unit all the same,
+    # until the component is taken apart anew.
+    pairs = enumerate(map(id, weights.tensors))
+    called = tuple(names.get(key, f"{unit.name}: replaced {index}") for index, key in pairs)
+    return Part(unit.name, weights.layout, called, data)
 
 
 def _look_at(file: BlockFile, units: Sequence[Unit]) -> Iterator[Unit]:
@@ -254,16 +306,17 @@ def _hold(shelf: _Shelf, part: MappedPart) -> None:
         shelf.lasting.append(Store(part.root, part.component, part.identity))
 
 
-def _ahead(work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
+def _ahead(work: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Iterator[_R]:
     """What `work` makes of each item in turn; some are worked on at a time."""
     rest, pending = iter(items), deque()
-    with ThreadPoolExecutor(_WRITERS) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for item in rest:
             try:
                 pending.append(pool.submit(work, item).result)
             except RuntimeError:  # "can't start new thread"
                 pending.append(partial(work, item))
-            if len(pending) == _WRITERS:
+            del item  # or it would stay in memory while the next one is made
+            if len(pending) == workers:
                 yield pending.popleft()()
         while pending:
             yield pending.popleft()()

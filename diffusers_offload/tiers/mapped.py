@@ -1,21 +1,32 @@
-"""Tensors that look at block files: private mappings, which cost no memory that the system could not take back."""
+"""Tensors that look at block files: private mappings, which cost no memory that the system could not take back.
+
+Tensors of a packed part look at what stands in for them, since nobody else could read the packed bytes. Whoever does
+not take them as they are, a whole part at a time, has to ask for their true values first (`unveil`).
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
 from .. import slab
-from . import blockfile
-from .blockfile import BlockFile, Stored, StoreError
-from .pinned import HostMemory
+from ..packing import batches
+from . import blockfile, packed
+from .blockfile import BlockFile, Stored, StoredPart, StoreError
+from .packed import unpack_all
+from .packedmemory import PackedMemory
+from .pinned import HostMemory, map_memory
+from .standin import stand_in
 from .store import EDITED, Store
+
+Unpacks = Callable[[PackedMemory, int], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,22 +39,60 @@ class DiskMemory(HostMemory):
     def key(self) -> tuple[Path, int]:
         return self.stored.path, self.stored.offset
 
+    def lying_in(self, memory: HostMemory) -> HostMemory:
+        """What is read from the file, at the beginning of `memory`."""
+        return HostMemory(memory.bytes[: self.bytes.numel()], memory.pinned)
+
     @property
     def is_edited(self) -> bool:
         """Whether the file holds what became of weights while they were offloaded."""
         return self.stored.path.name.startswith(EDITED)
 
 
-def map_part(stored: Stored) -> DiskMemory:
+@dataclass(frozen=True, eq=False)
+class PackedDiskMemory(PackedMemory, DiskMemory):
+    """A unit's packed bytes in its file."""
+
+    def __post_init__(self) -> None:
+        if self.blank.numel():
+            _veils[self.blank.data_ptr()] = self
+
+    def lying_in(self, memory: HostMemory) -> HostMemory:
+        found = memory.bytes[: self.bytes.numel()]
+        return PackedMemory(found, memory.pinned, self.pieces, self.blank, self.batches)
+
+    def checked(self) -> PackedMemory:
+        """The bytes that were written, wherever they are found.
+
+        Raises:
+            StoreError: nowhere.
+        """
+        memory = HostMemory(self.bytes, False)
+        try:
+            blockfile.check(self.stored, memory.bytes)
+        except StoreError:  # somebody wrote to the mapping, or to the file
+            memory = HostMemory(map_memory(self.bytes.numel())[1], False)
+            blockfile.read(self.stored, memory.bytes)
+        return self.lying_in(memory)
+
+
+def map_part(part: StoredPart) -> DiskMemory:
     """A private mapping of a part's bytes: writing to it changes these bytes alone.
 
     It is nobody else's: of two pipelines with the same weights one may be edited.
     """
+    stored = part.stored
     with blockfile.opened(stored.path) as handle:
         size = os.fstat(handle).st_size
     with torch.inference_mode(False):
         file = torch.from_file(str(stored.path), shared=False, size=size, dtype=torch.uint8)
-        return DiskMemory(file[stored.offset : stored.offset + stored.nbytes], False, stored)
+        found = file[stored.offset : stored.offset + stored.nbytes]
+        if part.packing is None:
+            return DiskMemory(found, False, stored)
+        pieces, blank = part.packing.pieces, stand_in(part.layout.nbytes)
+        return PackedDiskMemory(
+            found, False, stored, pieces, blank, tuple(batches(pieces, packed.SLOT_BYTES))
+        )
 
 
 def map_file(file: BlockFile) -> list[DiskMemory]:
@@ -52,7 +101,72 @@ def map_file(file: BlockFile) -> list[DiskMemory]:
     Raises:
         StoreError: the file is gone.
     """
-    return [map_part(part.stored) for part in file.parts]
+    return [map_part(part) for part in file.parts]
+
+
+# --- what stands in for packed weights ----------------------------------------------------------------------
+
+_veils: WeakValueDictionary[int, PackedDiskMemory] = WeakValueDictionary()  # by the address of what stands in
+
+
+def veil_of(tensor: torch.Tensor) -> PackedDiskMemory | None:
+    """The packed part of a file that `tensor` does not show; None if it has true values."""
+    return _veils.get(tensor.untyped_storage().data_ptr())
+
+
+def unpack_on_host(memory: PackedMemory, nbytes: int) -> torch.Tensor:
+    """The slab (uint8) that a part was packed from, in host memory of its own; as `PackedTier.raw`.
+
+    Raises:
+        StoreError: its file holds something else by now.
+    """
+    data = map_memory(nbytes)[1]
+    source = memory.checked()
+    unpack_all(source.pieces, source.bytes, data)
+    return data
+
+
+def unveil(tensors: Iterable[torch.Tensor], raw: Unpacks = unpack_on_host) -> dict[int, torch.Tensor]:
+    """Let tensors that look at what stands in for them look at their true values, in host memory.
+
+    Args:
+        raw: unpacks a slab.
+
+    Returns:
+        What they looked at, by the tensor's id, but for those that had true values.
+
+    Raises:
+        StoreError: a file holds something else by now.
+    """
+    slabs: dict[PackedDiskMemory, torch.Tensor] = {}
+    before: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        veil = veil_of(tensor)
+        if veil is None:
+            continue
+        if veil not in slabs:
+            slabs[veil] = raw(veil, veil.blank.numel())
+        offset = tensor.data_ptr() - veil.blank.data_ptr()
+        place = slab.Placement(offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        before[id(tensor)] = tensor.data
+        (tensor.data,) = slab.views(slab.Layout((place,), (), 0), slabs[veil])
+    return before
+
+
+@contextmanager
+def unveiled(tensors: Iterable[torch.Tensor], raw: Unpacks = unpack_on_host) -> Iterator[bool]:
+    """The same for as long as this lasts; tells whether there was anything to do."""
+    tensors = list(tensors)
+    before = unveil(tensors, raw)
+    try:
+        yield bool(before)
+    finally:
+        for tensor in tensors:
+            if id(tensor) in before:
+                tensor.data = before[id(tensor)]
+
+
+# --- models that were built on files ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +216,7 @@ def build_on(module: torch.nn.Module, store: Store, offload_dir: Path, folder: s
     if missing:
         raise StoreError(blockfile.unusable(store.folder, f"it has no {next(iter(missing.values()))!r}"))
     for part in found.values():
-        for name, view in zip(part.names, slab.views(part.layout, part.memory.bytes), strict=True):
+        for name, view in zip(part.names, part.memory.views(part.layout), strict=True):
             tensors[name].data = view
     _parts_of_models[module] = found
 
@@ -115,15 +229,14 @@ def mapped_already(module: torch.nn.Module, weights: Any, names: Mapping[int, st
 
 
 def _looks_at(weights: Any, part: MappedPart, names: Mapping[int, str]) -> bool:
-    base = part.memory.bytes.data_ptr()
     places = part.layout.placements
     return (
         tuple(names[id(tensor)] for tensor in weights.tensors) == part.names
         and weights.nbytes == part.layout.nbytes
         and weights.layout.placements == places
         and all(
-            t.device.type == "cpu" and (not t.numel() or t.data_ptr() == base + p.offset)
-            for t, p in zip(weights.tensors, places, strict=True)
+            t.device.type == "cpu" and (not t.numel() or t.data_ptr() == view.data_ptr())
+            for t, view in zip(weights.tensors, part.memory.views(part.layout), strict=True)
         )
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,11 @@ from ..component import State
 from ..packing import Packed, Piece, batches, pack, packer, prepare, unpack
 from ..recovery import is_out_of_memory
 from ..report import Counters
-from ..slab import Layout, Placement
+from ..slab import Layout
 from ..streams import Streams
+from .packedmemory import PackedMemory
+from .packings import Packing
+from .parts import Part, sources_of
 from .pinned import HostMemory, PinnedTier, map_memory
 from .standin import stand_in
 from .traces import private_bytes
@@ -35,50 +38,88 @@ SMALLEST = packer.SMALLEST  # bytes of a tensor that is coded
 SLOTS = 3  # one on the bus, one that is unpacked, one between them
 _REMEDY = (
     "Repeat it within `with pipe.block_offload.suspended():` (fuse_lora and fuse_qkv_projections, too), or give this "
-    "component tier='pinned'"
+    "component tier='pinned', or pack_on_disk=False if it is on disk"
 )
 _OTHER_NAN = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)  # what stands in would be a number to these
 _WORTH = 0.95  # of the bytes: a unit that does not shrink to this stays as it is
 
 
-@dataclass(frozen=True, eq=False)
-class PackedMemory(HostMemory):
-    """A unit's packed bytes.
+class Packer:
+    """Packs slabs where that is fast.
 
-    Attributes:
-        pieces: what of the slab lies where among the bytes.
-        blank: stands in for the slab.
-        batches: ranges of pieces that are copied at once.
+    Args:
+        on_device: whether that is the device; it is the host otherwise, or if the device has no room for it now.
+        pinned: copies from the host to the device.
     """
 
-    pieces: tuple[Piece, ...]
-    blank: torch.Tensor
-    batches: tuple[tuple[int, int], ...]
+    def __init__(self, streams: Streams, on_device: bool, pinned: PinnedTier | None = None) -> None:
+        self._streams = streams
+        self._on_device = on_device and streams.asynchronous
+        self._pinned = pinned or PinnedTier(streams)
 
-    def views(self, layout: Layout) -> list[torch.Tensor]:
-        """What the unit's tensors look at: NaN, but true values where the packed bytes hold them as they are."""
-        plain = _joined(piece for piece in self.pieces if piece.format is None)
-        found = slab.views(layout, self.blank)
-        for index, place in enumerate(layout.placements):
-            piece = _holding(plain, layout, place)
-            if piece is not None:
-                there = replace(place, offset=place.offset - piece.start + piece.source)
-                (found[index],) = slab.views(Layout((there,), (), 0), self.bytes)
-        return found
-
-    def is_blank(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` looks at what stands in for its values."""
-        return tensor.untyped_storage().data_ptr() == self.blank.untyped_storage().data_ptr()
-
-    def was_written_to(self, private: Mapping[int, int]) -> bool:
-        """Whether somebody wrote to what stands in.
+    def pack(
+        self, layout: Layout, sources: Sequence[torch.Tensor], whole: torch.Tensor | None = None
+    ) -> Packed | None:
+        """The packed slab, where it was packed; None if it does not shrink, and so had better stay as it is.
 
         Args:
-            private: what `traces.private_bytes` said.
+            sources: the bytes of each of the layout's regions (uint8), wherever they lie.
+            whole: the slab, where the host has it in one piece already.
         """
-        start = self.blank.data_ptr()
-        stop = start + self.blank.numel()
-        return any(nbytes for at, nbytes in private.items() if start <= at < stop)
+        if any(place.dtype in _OTHER_NAN for place in layout.placements):
+            return None
+        streams = self._streams
+        if self._on_device:
+            try:
+                streams.load.wait_stream(streams.current())
+                with _on(streams, streams.load), torch.inference_mode(False):
+                    buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=streams.device)
+                    return _pack(self._gathered(layout, sources, buffer), layout)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+        if whole is None:
+            whole = self._gathered(layout, sources, map_memory(layout.nbytes)[1])
+        return _pack(whole, layout)
+
+    def pack_part(self, part: Part, digest: str) -> Part:
+        """The part with its slab packed, or as it is if that does not shrink.
+
+        Args:
+            digest: of its slab.
+        """
+        whole = part.data if isinstance(part.data, torch.Tensor) else None
+        packed = self.pack(part.layout, sources_of(part), whole)
+        if packed is None:
+            return part
+        data = packed.bytes
+        if data.device.type != "cpu":
+            data = map_memory(packed.bytes.numel())[1]
+            with _on(self._streams, self._streams.load):
+                data.copy_(packed.bytes)
+        return replace(part, data=data, packing=Packing(packed.pieces, digest))
+
+    def _gathered(
+        self, layout: Layout, sources: Sequence[torch.Tensor], buffer: torch.Tensor
+    ) -> torch.Tensor:
+        for region, source in zip(layout.regions, sources, strict=True):
+            target = buffer[region.offset : region.offset + region.nbytes]
+            if source.device.type == "cpu" and buffer.device.type != "cpu":
+                self._pinned.load(HostMemory(source, False), target)  # faster than the driver's own staging
+            else:
+                target.copy_(source)
+        return buffer
+
+
+def _pack(buffer: torch.Tensor, layout: Layout) -> Packed | None:
+    packed = pack(buffer, layout, SLOT_BYTES, SMALLEST)
+    return packed if 0 < packed.bytes.numel() <= layout.nbytes * _WORTH else None
+
+
+def unpack_all(pieces: Sequence[Piece], source: torch.Tensor, destination: torch.Tensor) -> None:
+    """Unpack a whole slab from its packed bytes, on the host."""
+    for piece in pieces:
+        unpack(piece, source[piece.source :], destination)
 
 
 def ring_bytes(units: Iterable[int]) -> int:
@@ -99,29 +140,6 @@ def _holds_nan(tensor: torch.Tensor) -> bool:
         return False
     values = tensor.detach()
     return bool((values.float() if values.element_size() == 1 else values).isnan().any())
-
-
-def _joined(plain: Iterable[Piece]) -> list[Piece]:
-    """Pieces that lie one behind the other, in the slab and among the packed bytes, as one."""
-    joined: list[Piece] = []
-    for piece in plain:
-        last = joined[-1] if joined else None
-        if last is not None and (last.stop, last.source + last.nbytes) == (piece.start, piece.source):
-            joined[-1] = replace(last, stop=piece.stop)
-        else:
-            joined.append(piece)
-    return joined
-
-
-def _holding(plain: Sequence[Piece], layout: Layout, place: Placement) -> Piece | None:
-    """The piece that holds all of the region in which a tensor lies, at an address that suits any dtype."""
-    for region in layout.regions:
-        start, stop = region.offset, region.offset + region.nbytes
-        if start <= place.offset < stop:
-            for piece in plain:
-                if piece.start <= start and stop <= piece.stop and not (piece.source - piece.start) % 16:
-                    return piece
-    return None
 
 
 class _Slot:
@@ -159,6 +177,7 @@ class PackedTier:
         self._pinned = pinned
         self._counters = counters
         self._allocate = allocate
+        self._packer = Packer(streams, True, pinned)
         self._slot_bytes = 0
         self._ring: list[_Slot] = []
         self._turn = 0
@@ -176,60 +195,39 @@ class PackedTier:
         (packed,) = self.pack_each([weights])
         return packed
 
-    def pack_each(self, several: Sequence[Weights]) -> Iterator[PackedMemory | None]:
+    def pack_each(self, several: Iterable[Weights]) -> Iterator[PackedMemory | None]:
         """The same for several, one after the other; while one is packed, memory for the one before is made ready."""
         with ThreadPoolExecutor(1) as pool:
             before: Callable[[], PackedMemory | None] | None = None
             for weights in several:
                 packed = self._pack(weights)
-                keep = partial(self._keep, packed, weights.nbytes, self._begin(pool, packed, weights.nbytes))
+                memory = self._pinned.begin(pool, packed.bytes.numel()) if packed is not None else None
                 if before is not None:
                     yield before()
-                before = keep
+                before = partial(self._keep, packed, weights.nbytes, memory)
             if before is not None:
                 yield before()
 
     def _pack(self, weights: Weights) -> Packed | None:
-        if any(tensor.dtype in _OTHER_NAN for tensor in weights.tensors):
-            return None
-        try:
-            self._streams.load.wait_stream(self._streams.current())
-            with self._on(self._streams.load):
-                return self._pack_in(weights, self._allocate(weights.nbytes))
-        except RuntimeError as error:
-            if not (self._streams.asynchronous and is_out_of_memory(error)):
-                raise
-        return self._pack_in(weights, map_memory(weights.nbytes)[1])
-
-    def _pack_in(self, weights: Weights, buffer: torch.Tensor) -> Packed:
-        regions = weights.layout.regions
-        for region, source in zip(regions, slab.sources(weights.layout, weights.tensors), strict=True):
-            target = buffer[region.offset : region.offset + region.nbytes]
-            if source.device.type == "cpu" and self._streams.asynchronous:
-                self._pinned.load(HostMemory(source, False), target)  # faster than the driver's own staging
-            else:
-                target.copy_(source)
-        return pack(buffer, weights.layout, SLOT_BYTES, SMALLEST)
-
-    def _begin(
-        self, pool: ThreadPoolExecutor, packed: Packed | None, nbytes: int
-    ) -> Callable[[], HostMemory] | None:
-        if packed is None:
-            return None
-        size = packed.bytes.numel()
-        return self._pinned.begin(pool, size) if size <= nbytes * _WORTH else None
+        return self._packer.pack(weights.layout, slab.sources(weights.layout, weights.tensors))
 
     def _keep(
         self, packed: Packed | None, nbytes: int, memory: Callable[[], HostMemory] | None
     ) -> PackedMemory | None:
-        if memory is None:
+        if packed is None:
             return None
-        host, size = memory(), packed.bytes.numel()
-        with self._on(self._streams.load):
+        host = memory()
+        with _on(self._streams, self._streams.load):
             host.bytes.copy_(packed.bytes)
-        ranges = batches(packed.pieces, SLOT_BYTES)
-        self._slot_bytes = max(self._slot_bytes, min(SLOT_BYTES, size))
-        return PackedMemory(host.bytes, host.pinned, packed.pieces, stand_in(nbytes), tuple(ranges))
+        ranges = tuple(batches(packed.pieces, SLOT_BYTES))
+        found = PackedMemory(host.bytes, host.pinned, packed.pieces, stand_in(nbytes), ranges)
+        self.expect(found)
+        return found
+
+    def expect(self, memory: PackedMemory) -> None:
+        """It is going to be loaded: the slots of the ring suit it when they are made."""
+        usual = min(SLOT_BYTES, memory.bytes.numel())  # of units of any size, most have a batch of about this
+        self._slot_bytes = max(self._slot_bytes, usual, memory.largest_batch)
 
     def load(self, source: PackedMemory, destination: torch.Tensor) -> Any:
         """Queue the copy of a unit and its unpacking; returns the stream on which it ends.
@@ -238,8 +236,7 @@ class PackedTier:
         """
         streams = self._streams
         if not streams.asynchronous:
-            for piece in source.pieces:
-                unpack(piece, source.bytes[piece.source :], destination)
+            unpack_all(source.pieces, source.bytes, destination)
             return streams.load
         self._open_ring(source)
         for first, last in source.batches:
@@ -256,31 +253,45 @@ class PackedTier:
             )
             slot.copied.record(streams.load)
             streams.unpack.wait_event(slot.copied)
-            with self._on(streams.unpack, streams.load), self._counters.timed_unpacking(streams.unpack):
+            with _on(streams, streams.unpack, streams.load), self._counters.timed_unpacking(streams.unpack):
                 for piece in source.pieces[first:last]:
                     unpack(piece, slot.memory[piece.source - start :], destination)
                 slot.unpacked.record(streams.unpack)
         return streams.unpack
 
-    def raw(self, source: PackedMemory, nbytes: int) -> torch.Tensor:
-        """The slab that a unit was packed from, in host memory of its own (uint8); waits for the device."""
-        data = map_memory(nbytes)[1]
-        if self._streams.asynchronous:
+    def raw(self, source: PackedMemory, nbytes: int, data: torch.Tensor | None = None) -> torch.Tensor:
+        """The slab that a unit was packed from, in host memory of its own (uint8); waits for the device.
+
+        Args:
+            data: this memory (uint8, `nbytes` zeros).
+
+        Raises:
+            StoreError: its file holds something else by now.
+        """
+        data = map_memory(nbytes)[1] if data is None else data
+        self._unpack_to(source.checked(), data)
+        # Of what is not coded the tensors look at the packed bytes themselves, which may be edited.
+        for piece in source.pieces:
+            if piece.format is None:
+                data[piece.start : piece.stop].copy_(source.bytes[piece.source :][: piece.nbytes])
+        return data
+
+    def _unpack_to(self, source: PackedMemory, data: torch.Tensor) -> None:
+        streams = self._streams
+        if streams.asynchronous:
             try:
-                with self._on(self._streams.load):
-                    buffer = self._allocate(nbytes)
+                with _on(streams, streams.load):
+                    buffer = self._allocate(data.numel())
                     try:
                         self.load(source, buffer)
                     finally:  # however far it came: the buffer goes
-                        self._streams.load.wait_stream(self._streams.unpack)
+                        streams.load.wait_stream(streams.unpack)
                     data.copy_(buffer)
-                return data
+                return
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-        for piece in source.pieces:
-            unpack(piece, source.bytes[piece.source :], data)
-        return data
+        unpack_all(source.pieces, source.bytes, data)
 
     def refuse_edits(self, units: Iterable[Unit], silent: bool = True) -> None:
         """Raise RuntimeError if what stands in for packed weights was written to, or new weights computed from it.
@@ -320,6 +331,7 @@ class PackedTier:
         self._ring, self._slot_bytes, self._turn = [], 0, 0
 
     def _open_ring(self, source: PackedMemory) -> None:
+        self.expect(source)  # of a file, what is unpacked before anything is known to stream
         if self._ring and self._ring[0].memory.numel() >= self._slot_bytes:
             return
         for slot in self._ring:
@@ -330,10 +342,11 @@ class PackedTier:
         self._ring = [_Slot(memory, self._streams.event(), self._streams.event()) for memory in memories]
         self._turn = 0
 
-    @contextmanager
-    def _on(self, stream: Any, current: Any = None) -> Iterator[None]:
-        before = self._streams.switch(stream, current)
-        try:
-            yield
-        finally:
-            self._streams.restore(before)
+
+@contextmanager
+def _on(streams: Streams, stream: Any, current: Any = None) -> Iterator[None]:
+    before = streams.switch(stream, current)
+    try:
+        yield
+    finally:
+        streams.restore(before)

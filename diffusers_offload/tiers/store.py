@@ -20,15 +20,13 @@ so folders in which everybody may write are refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
 import threading
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +34,9 @@ import torch
 
 from ..log import logger
 from . import blockfile, folders
-from .blockfile import BlockFile, Part, Stored, StoreError
+from .blockfile import BlockFile, Part, StoredPart, StoreError
 from .lock import FolderLock
+from .names import file_name, folder_name
 from .sealed import seal, unseal
 from .strictjson import keys, mapping, sizes, text
 
@@ -50,24 +49,17 @@ _OURS = re.compile(r".*-[0-9a-f]{12}\.safetensors", re.ASCII)
 _LEFT_OVER = re.compile(r"\.[0-9a-f]{16}\.tmp|" + EDITED + r"[0-9a-f]{16}-.*\.safetensors", re.ASCII)
 
 
-def identity_of(files: Iterable[tuple[str, str]]) -> str:
+def identity_of(files: Iterable[tuple[str, str]], packing: int | None = None) -> str:
     """An identity by content, from the blocks' names and what `blockfile.plan` calls their fingerprints.
 
     The order does not matter.
+
+    Args:
+        packing: version of how they are packed: then what tells the blocks apart is their `content`, which is known
+            before anything is packed, and is the same whatever packs it.
     """
-    return blockfile.digest(json.dumps(sorted(files)).encode())
-
-
-def file_name(block: str) -> str:
-    """A file's name for a block's: safe on every file system, different for different blocks."""
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "_", block)[:80].lstrip(".")
-    return f"{slug}-{hashlib.blake2b(block.encode(), digest_size=6).hexdigest()}.safetensors"
-
-
-def folder_name(component: str, identity: str) -> str:
-    """The name of the folder that holds a component with an identity."""
-    slug = re.sub(r"[^A-Za-z0-9_-]+", "_", component)[:80]
-    return f"{slug}-{identity[:16]}"
+    told = sorted(files) if packing is None else [f"packed {packing}", sorted(files)]
+    return blockfile.digest(json.dumps(told).encode())
 
 
 def verify(store: Store) -> dict[str, StoreError]:
@@ -232,29 +224,34 @@ class Store:
             self._files[block] = blockfile.read_layout(path)
             self._save()
 
-    def edit(self, block: str, part: Part) -> Stored:
+    def edit(self, block: str, part: Part, pack: Callable[[Part, str], Part] | None = None) -> StoredPart:
         """Where `part` of `block` lies, whose weights are no longer the model's (a fused LoRA).
 
         That is a file of this process's own until `close`, or the model's if the part was edited back. The model's
         file stays as it is, so other processes may read meanwhile; so do the block's other parts.
+
+        Args:
+            pack: packs a part, given the digest of its slab; None: it is written as it is.
 
         Raises:
             StoreError: nothing can be written, or no space is left; the part is as it was before.
         """
         path = self.folder / f"{EDITED}{self._token}-{file_name(part.name)}"
         file = blockfile.plan(path, [part])
-        edited = file.parts[0]
         for model in self.get(block).parts:
-            if model == replace(edited, stored=model.stored) and model.stored.digest == edited.stored.digest:
+            if model.content == file.parts[0].content:
                 with self._busy:
                     self._edits.discard(path)
                 folders.delete(path)
-                return model.stored
+                return model
+        if pack is not None:
+            part = pack(part, file.parts[0].stored.digest)
+            file = blockfile.plan(path, [part])
         folders.require_space(self.folder, file.nbytes)
-        blockfile.write(path, [part], [edited.stored.digest])
+        blockfile.write(path, [part], [file.parts[0].stored.digest])
         with self._busy:
             self._edits.add(path)
-        return edited.stored
+        return file.parts[0]
 
     def forget(self, block: str) -> None:
         """Strike a block off (it was found damaged), so that the next `put` writes it."""

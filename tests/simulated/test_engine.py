@@ -12,6 +12,7 @@ from torch import nn
 
 import diffusers_offload
 from diffusers_offload import held
+from diffusers_offload.tiers import packed
 
 from .device import THE
 
@@ -65,9 +66,12 @@ def test_a_pipeline_whose_work_is_late(name, seed):
     pipe.disable_block_offload()
 
 
+@pytest.mark.parametrize("packs", [False, True], ids=["raw", "packed"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("memory", [None, "1100KiB"])
-def test_weights_on_disk(memory, granularity, tmp_path):
+def test_weights_on_disk(memory, granularity, packs, tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+    monkeypatch.setattr(packed, "SLOT_BYTES", 64 * 1024)
     pipe = build("flux")
     expected = run(pipe.to(DEVICE), "flux")
     with THE.checked() as checker:
@@ -78,9 +82,11 @@ def test_weights_on_disk(memory, granularity, tmp_path):
             tier="disk",
             offload_dir=tmp_path,
             max_host_memory=memory,
+            pack_on_disk=packs,
         )
         for _ in range(2):
             assert torch.equal(run(pipe, "flux"), expected)
+        assert (pipe.block_offload.report().packed is not None) == packs
         pipe.disable_block_offload()
     assert not checker.races, checker.races[:3]
 

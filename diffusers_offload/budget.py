@@ -100,7 +100,7 @@ class DeviceBudget:
         self._others_reserved = 0
         self.stopwatch: Stopwatch | None = None  # of the forward under way, if it is timed
 
-    def begin(self, component: Component, shapes: tuple, weights: int) -> Choice:
+    def choose(self, component: Component, shapes: tuple, weights: int) -> Choice:
         """What `component` may keep in the forward that begins with inputs of these shapes.
 
         Args:
@@ -109,16 +109,24 @@ class DeviceBudget:
         streams = self._streams
         self._running = component
         self._shapes[component] = shapes
-        known = self._known.get((component, shapes))
         self.seen = max(self.seen, streams.peak())
-        if known is None:
-            streams.empty_cache()  # what lies there unused would count as needed
-            self._others_reserved = max(0, streams.reserved() - weights)
         self._others = max(0, streams.allocated() - weights)
+        return self._choose(component)
+
+    def begin(self, component: Component, weights: int) -> None:
+        """That forward begins, with the choice in place: measure it.
+
+        Args:
+            weights: the same bytes now.
+        """
+        streams = self._streams
+        known = self._known.get((component, self._shapes[component]))
+        if known is None:
+            streams.empty_cache()  # what lies there unused, such as what was kept before, would count as needed
+            self._others_reserved = max(0, streams.reserved() - weights)
         streams.begin_peak()
         timed = streams.asynchronous and known is not None and bool(component.streamed)
         self.stopwatch = Stopwatch(streams) if timed and known.wants_timing(component) else None
-        return self._choose(component)
 
     def end(self, component: Component, weights: int, slack: int, reading: Reading) -> Choice:
         """What `component` may keep from now on, its forward being over.

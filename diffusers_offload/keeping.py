@@ -55,13 +55,13 @@ class Keeping:
         if self.budget is None:
             return None
         self._contend(component)
-        choice = Choice()
-        if component.streamed:
-            own = self.standing_bytes(component) + component.kept_bytes
-            choice = self.budget.begin(component, shapes, own)
         if self._disk is not None:
             self._read = self._disk.read_so_far
-        self.follow(component, choice)
+        if not component.streamed:
+            self.follow(component, Choice())
+            return self.budget.stopwatch
+        self.follow(component, self.budget.choose(component, shapes, self._own_bytes(component)))
+        self.budget.begin(component, self._own_bytes(component))
         return self.budget.stopwatch
 
     def end(self, component: Component, completed: bool) -> None:
@@ -121,6 +121,9 @@ class Keeping:
         residents = sum(c.resident_bytes for c in self._roster.components)
         staging = self._packed.staging_bytes
         return residents + self._homes.arena.capacity + staging + component.stem_bytes
+
+    def _own_bytes(self, component: Component) -> int:
+        return self.standing_bytes(component) + component.kept_bytes
 
     def _reading(self, component: Component) -> Reading:
         """What the disk is read for, at the rate that it had in this forward."""

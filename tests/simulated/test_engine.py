@@ -164,6 +164,26 @@ def test_what_is_predicted_comes_true(share):
     handle.disable()
 
 
+@pytest.mark.parametrize("rows", [32, 96])
+def test_new_inputs_are_planned_for_as_if_they_were_the_first(rows):
+    """What was kept for others before them, and lies in the allocator's cache, is no need of theirs."""
+    net, x = large_net(12)
+    before, activations, weights = needs(net, x)
+    limit = before + activations + int(weights * 0.6)
+    other = torch.randn(rows, 8).to(DEVICE)
+    kept = []
+    for inputs in ((other,), (x, other)):
+        handle = diffusers_offload.enable_block_offload(net, device=DEVICE, max_device_memory=limit)
+        for one in inputs:
+            for _ in range(4):
+                net(one)
+        (component,) = handle._engine.components
+        kept.append(component.kept_bytes)
+        handle.disable()
+    assert kept[0] > weights // 4
+    assert kept[0] == kept[1]
+
+
 def test_what_waits_for_the_bus_is_packed_before_the_next_call(monkeypatch):
     net, x = large_net(12)
     before, activations, weights = needs(net, x)

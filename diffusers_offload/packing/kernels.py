@@ -1,9 +1,10 @@
 """Unpacks a coded piece in one launch (Triton). Imported only where a device can run it.
 
-A program decodes one block. It reads the streams whose place is known, then finds each escape's place by counting
-the escapes before it in the block, from where the block's first one is stored. Every position that depends on
-stored bytes is bounded before it is used, for the block or for the element: whatever the bytes are, nothing is
-read or written outside.
+A program decodes one block, each thread rows of 16 elements, whose codes are a word. It reads the streams whose place
+is known, counts the escapes before each row to find where its rare codes begin, and works on the bytes of four
+exponents at once. Exponents that are spelled out are few: they are written over the others at the end. Every position
+that depends on stored bytes is bounded before it is used, for the block or for the element: whatever the bytes are,
+nothing is read or written outside.
 """
 
 from __future__ import annotations
@@ -17,8 +18,34 @@ import triton.language as tl
 from .formats import COMMON, FORMATS
 from .piece import BLOCK, Piece
 
-_LONG = 1 << 62  # makes Triton take the number for one of 64 bits, whatever the exponents are
-_WARPS = 8  # 16 elements for each thread
+_WARPS = 8  # a row of 16 elements for each thread
+
+
+@triton.jit
+def _permute(low, high, selectors, ASSEMBLY: tl.constexpr):
+    """For each of the four lowest nibbles (0 to 7) of `selectors` that byte of high:low, as four bytes (int32)."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [low, high, selectors],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    both = (tl.cast(low, tl.int64) & 0xFFFFFFFF) | (tl.cast(high, tl.int64) << 32)
+    found = 0
+    for place in tl.static_range(4):
+        byte = (both >> (((selectors >> (4 * place)) & 7) * 8)) & 255
+        found |= byte.to(tl.int32) << (8 * place)
+    return found
+
+
+@triton.jit
+def _running(pairs):
+    """Running sums over the four bytes of a word of how many of the bits 0, 2, ... 30 are set: each a byte."""
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    return ((fours & 0x0F0F0F0F) + ((fours >> 4) & 0x0F0F0F0F)) * 0x01010101
 
 
 @triton.jit
@@ -44,6 +71,110 @@ def _numbers(source, offset, block, left, WIDTH: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
+def _bits_set(bits):
+    """How many of the 16 lowest bits are set; the others must not be."""
+    bits -= (bits >> 1) & 0x5555
+    bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
+    bits = (bits + (bits >> 4)) & 0x0F0F
+    return (bits + (bits >> 8)) & 31
+
+
+@triton.jit
+def _number(source, offset, place, wanted, WIDTH: tl.constexpr):
+    """The number at each `place` of the stream at `offset`, int32, where it is wanted."""
+    if WIDTH == 16:
+        start = (source + offset).to(tl.pointer_type(tl.int16))
+        return tl.load(start + place, mask=wanted, other=0).to(tl.int32) & 0xFFFF
+    each: tl.constexpr = 8 // WIDTH
+    byte = tl.load(source + offset + place // each, mask=wanted, other=0).to(tl.int32)
+    return (byte >> (place % each * WIDTH)) & ((1 << WIDTH) - 1)
+
+
+@triton.jit
+def _element(exponent, rest, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
+    """An element's bits, int32."""
+    sign = (rest << EXPONENT) & (-1 << (MANTISSA + EXPONENT))
+    return sign | ((exponent & ((1 << EXPONENT) - 1)) << MANTISSA) | (rest & ((1 << MANTISSA) - 1))
+
+
+@triton.jit
+def _spell_out(
+    source,
+    out,
+    first,
+    row,
+    marks,
+    at,
+    most,
+    nbytes,
+    rest0,
+    rest1,
+    rest2,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    WIDTH0: tl.constexpr,
+    WIDTH1: tl.constexpr,
+    WIDTH2: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Write the elements of a block whose exponents are spelled out, in each turn one of each row that has one."""
+    turn = 0
+    while turn < most:
+        turn += 1
+        wanted = marks != 0
+        place = row + _bits_set((marks & -marks) - 1)
+        marks &= marks - 1
+        read = wanted if WHOLE else wanted & (at < nbytes)
+        exponent = tl.load(source + at, mask=read, other=0).to(tl.int32)
+        at += 1
+        rest = _number(source, rest0, first + place, wanted, WIDTH0)
+        if WIDTH1 > 0:
+            rest |= _number(source, rest1, first + place, wanted, WIDTH1) << WIDTH0
+        if WIDTH2 > 0:
+            rest |= _number(source, rest2, first + place, wanted, WIDTH2) << (WIDTH0 + WIDTH1)
+        element = _element(exponent, rest, EXPONENT, MANTISSA)
+        tl.store(out + place, element.to(out.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def _four(codes, running, window, common, rare_low, rare_high, GROUP: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """The exponents of four elements of each row, a byte each, and a bit for each that is spelled out."""
+    code = (codes >> (8 * GROUP)) & 255
+    code = (code | (code << 4)) & 0x0F0F
+    code = (code | (code << 2)) & 0x3333
+    escape = code & (code >> 1) & 0x1111
+
+    # The rare codes move up by a nibble for each element, of which each escape takes three bits away.
+    if GROUP > 0:
+        window = window >> (((running >> (8 * GROUP - 8)) & 255) * 3).to(tl.uint64)
+    rare = window.to(tl.int32)
+    digit = rare & 7
+    for place in tl.static_range(3):
+        rare = tl.where((escape & (1 << (4 * place))) != 0, rare << 1, rare << 4)
+        digit |= rare & (0x70 << (4 * place))
+    spelled = digit & (digit >> 1) & (digit >> 2) & escape
+
+    # The fourth common and the eighth rare exponent are zeros, for the other table to fill.
+    exponents = _permute(common, 0, code, ASSEMBLY)
+    exponents |= _permute(rare_low, rare_high, digit | (0x7777 - 7 * escape), ASSEMBLY)
+    return exponents, ((spelled * 0x1248) >> 12) & 15
+
+
+@triton.jit
+def _join_bytes(exponents, rest, ASSEMBLY: tl.constexpr):
+    """Four elements of bf16 in two words, from the bytes of their exponents and of their rests."""
+    upper = (rest & ~0x7F7F7F7F) | ((exponents >> 1) & 0x7F7F7F7F)
+    lower = (rest & 0x7F7F7F7F) | ((exponents << 7) & ~0x7F7F7F7F)
+    return _permute(lower, upper, 0x5140, ASSEMBLY), _permute(lower, upper, 0x7362, ASSEMBLY)
+
+
+@triton.jit
+def _in_order(w0, w1, w2, w3):
+    """Four words of each row one behind the other: (rows, 2, 2)."""
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3))
+
+
+@triton.jit
 def _block(
     source,
     out,
@@ -51,10 +182,10 @@ def _block(
     left,
     first_rare,
     first_spelled,
-    rare,
-    spelled,
-    common_table,
-    rare_table,
+    nbytes,
+    common,
+    rare_low,
+    rare_high,
     rest0,
     rest1,
     rest2,
@@ -67,56 +198,78 @@ def _block(
     WIDTH1: tl.constexpr,
     WIDTH2: tl.constexpr,
     BLOCK: tl.constexpr,
+    WORDS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
+    row = tl.arange(0, BLOCK // 16)
+    start = (source + codes_at + block * (BLOCK // 4)).to(tl.pointer_type(tl.int32))
+    codes = tl.load(start + row) if WHOLE else tl.load(start + row, mask=row * 16 < left, other=0)
+
+    # Where a row's rare codes begin, and the 48 bits that they may have.
+    running = _running(codes & (codes >> 1) & 0x55555555)
+    escapes = (running >> 24) & 255
+    bit = (tl.cumsum(escapes, 0) - escapes + first_rare) * 3
+    at = (bit >> 6) * 8 + rare_at
+    start = source.to(tl.pointer_type(tl.uint64)) + (at >> 3)
+    if WHOLE:
+        low, high = tl.load(start), tl.load(start + 1)
+    else:
+        low = tl.load(start, mask=at + 8 <= nbytes, other=0)
+        high = tl.load(start + 1, mask=at + 16 <= nbytes, other=0)
+    skip = (bit & 63).to(tl.uint64)
+    window = (low >> skip) | ((high << 1) << (63 - skip))
+
+    # fmt: off
+    e0, m0 = _four(codes, running, window, common, rare_low, rare_high, 0, ASSEMBLY)
+    e1, m1 = _four(codes, running, window, common, rare_low, rare_high, 1, ASSEMBLY)
+    e2, m2 = _four(codes, running, window, common, rare_low, rare_high, 2, ASSEMBLY)
+    e3, m3 = _four(codes, running, window, common, rare_low, rare_high, 3, ASSEMBLY)
+    # fmt: on
+
     place = tl.arange(0, BLOCK)
-    code = _numbers(source, codes_at, block, left, 2, BLOCK, WHOLE)
+    if WORDS and WHOLE:
+        start = (source + rest0 + block * BLOCK).to(tl.pointer_type(tl.int32))
+        rest = tl.load(start + row[:, None] * 4 + tl.arange(0, 4)[None, :])
+        even, odd = tl.split(tl.reshape(rest, [BLOCK // 16, 2, 2]))
+        r0, r2 = tl.split(even)
+        r1, r3 = tl.split(odd)
+        a0, b0 = _join_bytes(e0, r0, ASSEMBLY)
+        a1, b1 = _join_bytes(e1, r1, ASSEMBLY)
+        a2, b2 = _join_bytes(e2, r2, ASSEMBLY)
+        a3, b3 = _join_bytes(e3, r3, ASSEMBLY)
+        words = tl.join(_in_order(a0, a1, a2, a3), _in_order(b0, b1, b2, b3))
+        start = out.to(tl.pointer_type(tl.int32))
+        tl.store(start + tl.arange(0, BLOCK // 2), tl.reshape(words, [BLOCK // 2]))
+    else:
+        words = tl.reshape(_in_order(e0, e1, e2, e3), [BLOCK // 4])
+        exponent = tl.reshape((words[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255, [BLOCK])
+        rest = _numbers(source, rest0, block, left, WIDTH0, BLOCK, WHOLE)
+        if WIDTH1 > 0:
+            rest |= _numbers(source, rest1, block, left, WIDTH1, BLOCK, WHOLE) << WIDTH0
+        if WIDTH2 > 0:
+            rest |= _numbers(source, rest2, block, left, WIDTH2, BLOCK, WHOLE) << (WIDTH0 + WIDTH1)
+        element = _element(exponent, rest, EXPONENT, MANTISSA).to(out.dtype.element_ty)
+        if WHOLE:
+            tl.store(out + place, element)
+        else:
+            tl.store(out + place, element, mask=place < left)
 
-    # Ones and zeros are computed, not compared: predicates would be moved to registers and back. A whole block
-    # reads for every element, escape or not, at the place of the last escape up to there.
-    escapes = (code + 1) >> 2
+    # A row's marks: a bit for each element that is spelled out.
+    marks = m0 | (m1 << 4) | (m2 << 8) | (m3 << 12)
     if not WHOLE:
-        escapes = tl.where(place < left, escapes, 0)
-    bit = tl.cumsum(escapes, 0) * 3 + (rare_at * 8 + first_rare * 3 - 3)
-    at = (bit >> 3).to(tl.uint32)
-    if WHOLE:
-        low, high = tl.load(source + at), tl.load(source + at + 1)
-    else:
-        end = rare_at + (rare * 3 + 7) // 8
-        low = tl.load(source + at, mask=(escapes > 0) & (at < end), other=0)
-        high = tl.load(source + at + 1, mask=(escapes > 0) & (at + 1 < end), other=0)
-    # By way of the highest bits: a right shift of a number known to be short is compiled to one of 16 bits.
-    both = (low.to(tl.uint32) << 22) | (high.to(tl.uint32) << 30)
-    digit = ((both << (~bit & 7).to(tl.uint32)) >> 29).to(tl.int32)
-
-    spellings = (digit + escapes) >> 3
-    at = (tl.cumsum(spellings, 0) + (spelled_at + first_spelled - 1)).to(tl.uint32)
-    if WHOLE:
-        byte = tl.load(source + at)
-    else:
-        byte = tl.load(source + at, mask=(spellings > 0) & (at < spelled_at + spelled), other=0)
-
-    # The fourth common and the eighth rare exponent are zeros, for the next table to fill.
-    common = (common_table >> (code * 8)) & 255
-    named = (rare_table >> (digit * 8)).to(tl.int32) & 255
-    exponent = common | (named & -escapes) | (byte.to(tl.int32) & -spellings)
-
-    rest = _numbers(source, rest0, block, left, WIDTH0, BLOCK, WHOLE)
-    if WIDTH1 > 0:
-        rest |= _numbers(source, rest1, block, left, WIDTH1, BLOCK, WHOLE) << WIDTH0
-    if WIDTH2 > 0:
-        rest |= _numbers(source, rest2, block, left, WIDTH2, BLOCK, WHOLE) << (WIDTH0 + WIDTH1)
-    sign = (rest << EXPONENT) & (-1 << (MANTISSA + EXPONENT))
-    element = sign | ((exponent & ((1 << EXPONENT) - 1)) << MANTISSA) | (rest & ((1 << MANTISSA) - 1))
-    element = element.to(out.dtype.element_ty)
-    if WHOLE:
-        tl.store(out + place, element)
-    else:
-        tl.store(out + place, element, mask=place < left)
+        marks &= (1 << tl.minimum(tl.maximum(left - row * 16, 0), 16)) - 1
+    many = _bits_set(marks)
+    at = tl.cumsum(many, 0) - many + (spelled_at + first_spelled)
+    tl.debug_barrier()  # what has been written is written over
+    # fmt: off
+    _spell_out(source, out, block * BLOCK, row * 16, marks, at, tl.max(many, 0), nbytes, rest0, rest1, rest2,
+               EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, WHOLE)
+    # fmt: on
 
 
 @triton.jit(
-    do_not_specialize=["elements", "blocks", "nbytes", "rare", "spelled", "common_table", "rare_table"]
+    do_not_specialize=["elements", "blocks", "nbytes", "rare", "spelled", "common", "rare_low", "rare_high"]
 )
 def _unpack(
     source,
@@ -126,8 +279,9 @@ def _unpack(
     nbytes,
     rare,
     spelled,
-    common_table,
-    rare_table,
+    common,
+    rare_low,
+    rare_high,
     rest0,
     rest1,
     rest2,
@@ -140,26 +294,27 @@ def _unpack(
     WIDTH1: tl.constexpr,
     WIDTH2: tl.constexpr,
     BLOCK: tl.constexpr,
+    WORDS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     block = tl.program_id(0)
     left = elements - block * BLOCK
-    rare_table = rare_table.to(tl.int64) & 0xFFFFFFFFFFFFFF  # its highest byte only made it 64 bits wide
     starts = source.to(tl.pointer_type(tl.int32))
     first_rare = tl.minimum(tl.maximum(tl.load(starts + block), 0), rare)
     first_spelled = tl.minimum(tl.maximum(tl.load(starts + blocks + block), 0), spelled)
     inside = (spelled_at + first_spelled + BLOCK < nbytes) & (
-        rare_at + (first_rare + BLOCK) * 3 // 8 + 1 < nbytes
+        rare_at + (first_rare + BLOCK) * 3 // 8 + 16 <= nbytes
     )
     out = out + block * BLOCK
     # fmt: off
     if (left >= BLOCK) & inside:
-        _block(source, out, block, left, first_rare, first_spelled, rare, spelled,
-               common_table, rare_table, rest0, rest1, rest2, codes_at, rare_at, spelled_at,
-               EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, True)
+        _block(source, out, block, left, first_rare, first_spelled, nbytes,
+               common, rare_low, rare_high, rest0, rest1, rest2, codes_at, rare_at, spelled_at,
+               EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, WORDS, ASSEMBLY, True)
     else:
-        _block(source, out, block, left, first_rare, first_spelled, rare, spelled,
-               common_table, rare_table, rest0, rest1, rest2, codes_at, rare_at, spelled_at,
-               EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, False)
+        _block(source, out, block, left, first_rare, first_spelled, nbytes,
+               common, rare_low, rare_high, rest0, rest1, rest2, codes_at, rare_at, spelled_at,
+               EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, WORDS, ASSEMBLY, False)
     # fmt: on
 
 
@@ -184,7 +339,8 @@ def launch(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
             piece.rare,
             piece.spelled,
             _word(piece.table[:COMMON]),
-            _word(piece.table[COMMON:]) | _LONG,
+            _word(piece.table[COMMON : COMMON + 4]),
+            _word(piece.table[COMMON + 4 :]),
             *rest[:3],
             streams.codes,
             streams.rare,
@@ -193,6 +349,8 @@ def launch(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
             made.mantissa_bits,
             *widths[:3],
             BLOCK,
+            made.name == "bf16" and out.data_ptr() % 16 == 0,
+            staged.device.type == "cuda" and torch.version.hip is None,
             num_warps=_WARPS,
         )
 
@@ -203,5 +361,5 @@ def _on(device: torch.device) -> AbstractContextManager[None]:
 
 
 def _word(exponents: tuple[int, ...]) -> int:
-    """Exponents as the bytes of a number, the first lowest."""
-    return int.from_bytes(bytes(exponents), "little")
+    """Up to four exponents as the bytes of a number of 32 bits, the first lowest, and zeros."""
+    return int.from_bytes(bytes(exponents).ljust(4, b"\0"), "little", signed=True)

@@ -69,12 +69,12 @@ def drop_cache(folder: Path) -> None:
 
 
 def bare_rate(folder: Path) -> float:
-    """Bytes per second that threads read from the cold files past the page cache, and do nothing else."""
+    """Bytes per second that threads read from the cold files past the page cache into slots, and do nothing else."""
     units = files_in(folder)
-    buffers = [disk_reader.memory(disk_reader.PIECE) for _ in range(WORKERS)]
+    ring = [disk_reader.memory(max(unit.nbytes for unit in units)) for _ in range(SLOTS)]
     drop_cache(folder)
     begin = perf_counter()
-    disk_reader.read_bare(units, WORKERS, lambda thread, _: buffers[thread])
+    disk_reader.read_bare(units, WORKERS, lambda _, unit: ring[unit % SLOTS])
     return sum(unit.nbytes for unit in units) / (perf_counter() - begin)
 
 

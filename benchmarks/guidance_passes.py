@@ -18,7 +18,13 @@ from models import CASES, build, forward_of
 import diffusers_offload
 from diffusers_offload.streams import find_device
 
-ROWS: dict[str, bool | None] = {"one by one": False, "together": True, "automatic": None}
+ROWS: dict[str, tuple[bool | None, str]] = {  # pair_passes, tier
+    "one by one": (False, "pinned"),
+    "together": (True, "pinned"),
+    "automatic": (None, "pinned"),
+    "one by one, packed": (False, "packed"),
+    "together, packed": (True, "packed"),
+}
 _WARM_UP = 5  # steps: the order, the rehearsal, homes
 
 
@@ -41,7 +47,7 @@ def main() -> None:
             resident = _measure(model, case, arguments, device, None)
             model.to("cpu")
             rows = {"resident": resident}
-            for row, pair_passes in ROWS.items():
+            for row, (pair_passes, tier) in ROWS.items():
                 bound = arguments.max_device_memory
                 handle = diffusers_offload.enable_block_offload(
                     model,
@@ -49,6 +55,7 @@ def main() -> None:
                     offload_granularity=arguments.granularity,
                     **({"max_device_memory": bound} if bound else {"offload_ratio": 1.0}),
                     pair_passes=pair_passes,
+                    tier=tier,
                 )
                 with handle.calling():
                     rows[row] = _measure(model, case, arguments, device, handle)

@@ -44,13 +44,15 @@ class Case:
         return count
 
 
+_FULL_CASES = {
+    "flux-4096": Case("flux", (64, 64), 512, 8),
+    "flux-1024": Case("flux", (32, 32), 512, 8),
+    "wan-7800": Case("wan", (5, 30, 52), 512, 6),
+    "wan-32760": Case("wan", (21, 30, 52), 512, 3),
+}
 CASES = {
-    "full": {
-        "flux-4096": Case("flux", (64, 64), 512, 8),
-        "flux-1024": Case("flux", (32, 32), 512, 8),
-        "wan-7800": Case("wan", (5, 30, 52), 512, 6),
-        "wan-32760": Case("wan", (21, 30, 52), 512, 3),
-    },
+    "full": _FULL_CASES,
+    "quarter": _FULL_CASES,
     "tiny": {
         "flux-4096": Case("flux", (8, 8), 16, 3),
         "flux-1024": Case("flux", (4, 4), 16, 3),
@@ -59,19 +61,24 @@ CASES = {
     },
 }
 
+_FULL = {
+    "flux": {"guidance_embeds": True},
+    "wan": {
+        "num_layers": 40,
+        "num_attention_heads": 40,
+        "attention_head_dim": 128,
+        "ffn_dim": 13824,
+        "text_dim": 4096,
+        "in_channels": 16,
+        "out_channels": 16,
+        "patch_size": (1, 2, 2),
+    },
+}
 CONFIGS = {
-    "full": {
-        "flux": {"guidance_embeds": True},
-        "wan": {
-            "num_layers": 40,
-            "num_attention_heads": 40,
-            "attention_head_dim": 128,
-            "ffn_dim": 13824,
-            "text_dim": 4096,
-            "in_channels": 16,
-            "out_channels": 16,
-            "patch_size": (1, 2, 2),
-        },
+    "full": _FULL,
+    "quarter": {
+        "flux": _FULL["flux"] | {"num_layers": 5, "num_single_layers": 10},
+        "wan": _FULL["wan"] | {"num_layers": 10},
     },
     "tiny": {
         "flux": {

@@ -49,11 +49,7 @@ def kind_of(row: str) -> Kind:
         return PACKED
     if row.startswith("ours"):
         return PINNED
-    own = (
-        row == "accelerate"
-        or row in ("diffusers-block", "diffusers-leaf")
-        or row.startswith("diffusers-disk")
-    )
+    own = row == "accelerate" or row.startswith(("diffusers-block", "diffusers-leaf", "diffusers-disk"))
     return DIFFUSERS if own else OTHERS
 
 

@@ -37,6 +37,7 @@ class Row:
         on_disk: `enable` is told a folder as well, where it puts the weights.
         cold: the page cache is emptied of that folder before each timed forward.
         warm_ups, at_most: forwards before the timed ones, and the limit of those.
+        plans: measures in the first forwards of each case, and settles then: it warms up for each, in calls.
         settings: what is asked for, as the table says it.
     """
 
@@ -49,6 +50,7 @@ class Row:
     cold: bool = False
     warm_ups: int = 2
     at_most: int = 100
+    plans: bool = False
     settings: str = ""
 
 
@@ -61,9 +63,7 @@ def _group_offload(**kind: Any) -> Enable:
         model.enable_group_offload(
             onload_device=device,
             offload_device=torch.device("cpu"),
-            use_stream=True,
-            record_stream=True,
-            **kind,
+            **{"use_stream": True, "record_stream": True, **kind},
         )
 
     return enable
@@ -92,6 +92,19 @@ def ours(ratio: float, granularity: str = "block", tier: str = "pinned") -> Row:
     return Row(enable, settings=settings, **_OURS)
 
 
+def planned(share: float, beside: int) -> Row:
+    """A row of this package that is told of device memory for this share of the weights, and `beside` bytes."""
+
+    def enable(model: nn.Module, device: torch.device) -> Any:
+        diffusers_offload = import_module("diffusers_offload")
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        bound = int(share * weights) + beside
+        return diffusers_offload.enable_block_offload(model, device=device, max_device_memory=bound)
+
+    settings = f"max_device_memory={share:g} of the weights and {beside / 2**30:g} GiB"
+    return Row(enable, needs_streams=True, warm_ups=4, plans=True, settings=settings, **_OURS)
+
+
 def _peer(peer: peers.Peer) -> Row:
     return Row(
         peer.enable,
@@ -102,6 +115,7 @@ def _peer(peer: peers.Peer) -> Row:
     )
 
 
+_CALLS = 3  # of a pipeline, in which a row that plans settles
 _DISK = {"from_host": True, "at_most": 3}  # what is on disk passed through the host on its way there
 ROWS = {
     "resident": Row(_resident, offloads=False),
@@ -110,12 +124,18 @@ ROWS = {
         settings=f"block_level, num_blocks_per_group=1, {_STREAMS}",
         **_GROUPS,
     ),
+    "diffusers-block-waits": Row(
+        _group_offload(offload_type="block_level", num_blocks_per_group=1, record_stream=False),
+        settings="block_level, num_blocks_per_group=1, use_stream=True",
+        **_GROUPS,
+    ),
     "diffusers-leaf": Row(
         _group_offload(offload_type="leaf_level"), settings=f"leaf_level, {_STREAMS}", **_GROUPS
     ),
     "accelerate": Row(_accelerate, from_host=True, packages=("accelerate",), warm_ups=1, at_most=2),
     "ours": ours(1.0),
     "ours-half": ours(0.5),
+    "ours-planned": planned(0.5, 2 * 2**30),
     "ours-phase": ours(1.0, "phase"),
     "ours-leaf": ours(1.0, "leaf"),
     "packed": ours(1.0, tier="packed"),
@@ -238,7 +258,11 @@ def _measure_case(
 
         step()
         hashes = [measure.digest(output)]
-        for _ in range(row.warm_ups - 1 if first else 0):
+        for _ in range(_CALLS if row.plans else 0):
+            with handle.calling():  # what was measured in one call counts in the next
+                for _ in range(row.warm_ups):
+                    step()
+        for _ in range(row.warm_ups - 1 if first and not row.plans else 0):
             step()
         measure.reset_device_peaks(device)
         if handle is not None:

@@ -23,10 +23,13 @@ from transformer_forward import HERE, add_options, measure_rows, names, write
 
 PARTS = {
     "ours": (
-        *("resident", "ours", "ours-phase", "ours-leaf", "ours-half"),
+        *("resident", "ours", "ours-phase", "ours-leaf", "ours-half", "ours-planned"),
         *("packed", "packed-phase", "packed-leaf", "packed-half"),
     ),
-    "diffusers": ("resident", "diffusers-block", "diffusers-leaf", "diffusers-mm", "diffusers-mm-half"),
+    "diffusers": (
+        *("resident", "diffusers-block", "diffusers-block-waits", "diffusers-leaf"),
+        *("diffusers-mm", "diffusers-mm-half"),
+    ),
     "peers": ("resident", "cache-dit", "cache-dit-window", "mmgp", "dfloat11"),
 }
 MODELS = ("flux", "wan")

@@ -98,7 +98,12 @@ def _parse() -> argparse.Namespace:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What every program that runs rows asks for."""
-    parser.add_argument("--size", default="full", choices=sorted(CASES), help="tiny: a test of this program")
+    parser.add_argument(
+        "--size",
+        default="full",
+        choices=sorted(CASES),
+        help="quarter: of the blocks; tiny: a test of this program",
+    )
     parser.add_argument(
         "--start",
         default="device",

@@ -2,8 +2,9 @@
 
 python benchmarks/soak.py --minutes 5 --device cuda --seed 0
 
-Enables with random policies, runs, changes policies while enabled, lets a forward fail in a random module, edits
-under `suspended()`, disables. Ends with an error at the first difference of one bit, printing what led to it.
+Enables with random policies and tiers, from the host or from the device, runs, changes policies while enabled, lets
+a forward fail in a random module, edits under `suspended()`, disables. Ends with an error at the first difference of
+one bit, printing what led to it.
 Counts what stays behind: device bytes, threads, file descriptors.
 """
 
@@ -15,7 +16,9 @@ import logging
 import os
 import threading
 from collections import Counter, deque
+from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -23,6 +26,7 @@ import torch
 
 import diffusers_offload  # noqa: F401
 from diffusers_offload.demo import pipelines
+from diffusers_offload.tiers import packed
 
 NAMES = ("flux", "wan22", "sdxl-controlnet", "sd3")
 SEEDS = (0, 1)
@@ -35,8 +39,8 @@ class Failure(Exception):
 class Soak:
     """One pipeline, what it gives when resident, and what was done to it last."""
 
-    def __init__(self, name: str, device: str, random: Random) -> None:
-        self.name, self.device, self.random = name, device, random
+    def __init__(self, name: str, device: str, random: Random, folder: Path) -> None:
+        self.name, self.device, self.random, self.folder = name, device, random, folder / name
         self.pipe = pipelines.build(name).to(device)
         self.expected = {seed: self._call(seed) for seed in SEEDS}
         self.pipe.to("cpu")
@@ -59,9 +63,16 @@ class Soak:
             "offload_granularity": self.random.choice(("block", "phase", "leaf")),
             "offload_ratio": self.random.choice((1.0, 1.0, 0.7, 0.3, 0.0)),
         }
+        if self.random.random() < 0.6:
+            arguments["tier"] = self.random.choice(("packed", "packed", "disk"))
+            arguments["offload_dir"] = self.folder if arguments["tier"] == "disk" else None
+            arguments["pack_on_disk"] = self.random.choice((None, True, False))
+        arguments["pair_passes"] = self.random.choice((None, True, False))
         words = ("resident", "model", "block", "phase", "leaf")
         some = [key for key in self._modules() if self.random.random() < 0.3]
         arguments["components"] = {key: self.random.choice(words) for key in some}
+        if not self.enabled:
+            self.pipe.to(self.random.choice(("cpu", self.device)))
         self.log.append(f"enable {arguments}")
         self.pipe.enable_block_offload(device=self.device, **arguments)
         self.enabled = True
@@ -128,8 +139,14 @@ def main() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)  # what is not loaded reads as NaN
     logging.getLogger("diffusers.block_offload").setLevel(logging.ERROR)  # of failures that are made
+    packed.SMALLEST, packed.SLOT_BYTES = 0, 64 * 1024  # small weights go the way of large ones
+    with TemporaryDirectory() as folder:
+        _soak(arguments, Path(folder))
+
+
+def _soak(arguments: argparse.Namespace, folder: Path) -> None:
     random = Random(arguments.seed)
-    soaks = [Soak(name, arguments.device, random) for name in arguments.pipelines.split(",")]
+    soaks = [Soak(name, arguments.device, random, folder) for name in arguments.pipelines.split(",")]
     before, done, begin = _left(arguments.device), Counter(), perf_counter()
     while perf_counter() - begin < arguments.minutes * 60:
         done[random.choice(soaks).step()] += 1
@@ -137,6 +154,7 @@ def main() -> None:
         if soak.enabled:
             soak._run()
             soak._disable()
+        soak.pipe.to("cpu")
     after = _left(arguments.device)
     print(
         f"{arguments.minutes:g} minutes on {arguments.device}, seed {arguments.seed}: {dict(done)}, no bit off"

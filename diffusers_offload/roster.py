@@ -81,8 +81,7 @@ class Roster:
                     continue
                 # By way of the host: where they came from may have no room for all of them.
                 unit.weights.origin = [torch.device("cpu")] * len(unit.weights.tensors)
-                self._transfers.reveal(unit)
-                unit.weights.restore()
+                self._transfers.give_back(unit)
         self.components[self.components.index(before)] = after
         if before.on_disk:
             self._transfers.disk.pass_on(before, after)
@@ -144,16 +143,14 @@ class Roster:
         self._transfers.packed.refuse_edits(component.streamed)
         try:
             for unit in component.units:
-                self._transfers.reveal(unit)
-                unit.weights.restore()
+                self._transfers.give_back(unit)
         except BaseException:
             self._take_edits(component)
             raise
         for unit in component.units:
             unit.state = State.RESIDENT  # where it was: whoever still predicts it finds nothing to load
-        self.streams.synchronize(
-            f"the weights of {component.name} to be back"
-        )  # out of memory that is now free
+        # Whoever uses them next, on whatever stream, finds them there.
+        self.streams.synchronize(f"the weights of {component.name} to be back")
         self.components.remove(component)
         self._forget(component)
         if component.on_disk:

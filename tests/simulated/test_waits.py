@@ -67,13 +67,24 @@ def moved_from_the_device():
 
 
 def moved_back_to_the_device(monkeypatch):
-    """What is freed may be another engine's before the cache is emptied."""
-    first, second = small(), small()
-    partly_on_the_device(first, second)
-    handle = diffusers_offload.enable_block_offload(first, device=DEVICE, offload_ratio=0.0)
-    monkeypatch.setattr(torch.npu, "empty_cache", lambda: None)
+    """The weights are there for whoever uses them next, on whatever stream."""
+    monkeypatch.setattr(torch.npu, "empty_cache", lambda: None)  # which waits for the device, or does nothing
+    net = small()
+    partly_on_the_device(net)
+    diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=0.0).disable()
+    with torch.npu.stream(torch.npu.Stream()):
+        for block in net.blocks:
+            block.c.weight.mul_(2)
+
+
+def moved_back_while_others_are_unpacked(monkeypatch):
+    """A packed unit comes to where a resident lay that is still being copied to where it came from."""
+    net = wide_blocks(4, monkeypatch)
+    for block in net.blocks:
+        block[1].to(DEVICE)
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=0.5, tier="packed")
+    assert all(isinstance(unit.weights.host, packed.PackedMemory) for unit in handle._engine.units)
     handle.disable()
-    diffusers_offload.enable_block_offload(second, device=DEVICE, offload_ratio=0.0).disable()
 
 
 def edited_between_forwards():
@@ -128,14 +139,17 @@ def on_disk():
         handle.disable()
 
 
-def packed_blocks(monkeypatch):
-    """Several batches a unit, and more of them than the ring has slots; units that are loaded and not used."""
+def wide_blocks(count, monkeypatch):
+    """Blocks that shrink, of several batches each."""
     monkeypatch.setattr(packed, "SMALLEST", 0)
     monkeypatch.setattr(packed, "SLOT_BYTES", 64 * 1024)
     monkeypatch.setattr(packed.packer, "_CHUNK", 4096)
-    torch.manual_seed(0)
-    blocks = (torch.nn.Sequential(torch.nn.Linear(16, 4000), torch.nn.Linear(4000, 16)) for _ in range(6))
-    net = odd_nets.Net(*blocks).eval().requires_grad_(False)
+    return small(lambda: torch.nn.Sequential(torch.nn.Linear(16, 4000), torch.nn.Linear(4000, 16)), count)
+
+
+def packed_blocks(monkeypatch):
+    """More batches than the ring has slots; units that are loaded and not used."""
+    net = wide_blocks(6, monkeypatch)
     for block in net.blocks[1::2]:  # these do not shrink, and are copied to where the others were unpacked to
         weight = block[0].weight
         weight.copy_(torch.randint(0, 0x7F000000, weight.shape, dtype=torch.int32).view(torch.float32))
@@ -176,6 +190,7 @@ WORK = [
     writes_to_buffers,
     moved_from_the_device,
     moved_back_to_the_device,
+    moved_back_while_others_are_unpacked,
     edited_between_forwards,
     unpinned,
     on_disk,

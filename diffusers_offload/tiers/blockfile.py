@@ -148,11 +148,6 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == TEMPORARY
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether it is called like what `replace` leaves behind if the process is killed."""
-    return path.name.startswith(".") and path.suffix == TEMPORARY
-
-
 def replace(path: Path, pieces: Iterable[memoryview]) -> None:
     """Put a file with `pieces` in place of `path`, so that whoever opens it finds the old or the new one whole.
 

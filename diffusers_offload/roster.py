@@ -230,6 +230,8 @@ class Roster:
             revealed = packs or isinstance(host, RevealedMemory)
             if edited or revealed or not unit.weights.is_intact():
                 self._transfers.take_over(unit)
+        # Those that were replaced may be read still, and their memory goes.
+        self.streams.load.wait_stream(self.streams.current())
         for unit in component.residents:
             unit.weights = renewed(unit.weights)
             self._transfers.settle(unit)

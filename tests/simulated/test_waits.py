@@ -22,6 +22,17 @@ from .device import THE
 DEVICE = "npu"
 
 
+class Even(odd_nets.Plain):
+    """As large as what of a `Net` lies in no block."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.a, self.b = (torch.nn.Linear(odd_nets.WIDTH, odd_nets.WIDTH) for _ in range(2))
+
+    def forward(self, x):
+        return torch.tanh(x + self.b(self.a(x)))
+
+
 def small(kind=odd_nets.Plain, count=5):
     torch.manual_seed(0)
     return odd_nets.Net(*(kind() for _ in range(count))).eval().requires_grad_(False)
@@ -84,6 +95,18 @@ def moved_back_while_others_are_unpacked(monkeypatch):
         block[1].to(DEVICE)
     handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=0.5, tier="packed")
     assert all(isinstance(unit.weights.host, packed.PackedMemory) for unit in handle._engine.units)
+    handle.disable()
+
+
+def residents_replaced():
+    """A stem comes to where weights lay of which others were computed."""
+    net = small(Even)
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=0.5)
+    with handle.suspended():
+        for parameter in net.blocks.parameters():
+            if parameter.device.type == DEVICE:
+                parameter.data = parameter.data * 2
+    net(torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE))
     handle.disable()
 
 
@@ -191,6 +214,7 @@ WORK = [
     moved_from_the_device,
     moved_back_to_the_device,
     moved_back_while_others_are_unpacked,
+    residents_replaced,
     edited_between_forwards,
     unpinned,
     on_disk,

@@ -201,6 +201,8 @@ class Roster:
         self._clear([unit])
         self._transfers.packed.refuse_edits([unit])
         self._transfers.reveal(unit)
+        # It may have been loaded ahead, and its memory on the host goes.
+        self.streams.wait_for(unit.ready, f"copies of {component.name}.{unit.name}, which has lost its hook")
         unit.weights = renewed(unit.weights)
         self._transfers.settle(unit)
         component.streamed.remove(unit)

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import odd_nets
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline
 from helpers import build, run
 
@@ -107,6 +108,17 @@ def residents_replaced():
             if parameter.device.type == DEVICE:
                 parameter.data = parameter.data * 2
     net(torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE))
+    handle.disable()
+
+
+def moved_when_its_hook_was_lost():
+    """Units that have been loaded ahead, of which all tensors or one are on the device, computed there just now."""
+    net, handle = streamed()
+    net.blocks[1].a.weight.data = torch.randn(odd_nets.WIDTH, odd_nets.WIDTH, device=DEVICE) * 2
+    for parameter in net.blocks[0].parameters():
+        parameter.data = torch.randn(parameter.shape, device=DEVICE) * 2
+    for block in net.blocks[:2]:
+        remove_hook_from_module(block)
     handle.disable()
 
 
@@ -215,6 +227,7 @@ WORK = [
     moved_back_to_the_device,
     moved_back_while_others_are_unpacked,
     residents_replaced,
+    moved_when_its_hook_was_lost,
     edited_between_forwards,
     unpinned,
     on_disk,

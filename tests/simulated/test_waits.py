@@ -205,6 +205,15 @@ def packed_blocks(monkeypatch):
     handle.disable()
 
 
+def too_small_to_be_packed():
+    """Weights that were looked at in vain, and leave the device."""
+    net = small().to(DEVICE)
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=1.0, tier="packed")
+    others = [torch.empty(odd_nets.WIDTH**2, device=DEVICE) for _ in net.blocks]  # where the weights were
+    handle.disable()
+    del others
+
+
 def packed_leaves(monkeypatch):
     monkeypatch.setattr(packed, "SMALLEST", 0)
     streamed(offload_granularity="leaf", tier="packed")[1].disable()
@@ -233,6 +242,7 @@ WORK = [
     on_disk,
     packed_blocks,
     packed_leaves,
+    too_small_to_be_packed,
     two_stems,
     exchanged,
 ]

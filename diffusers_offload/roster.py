@@ -60,6 +60,8 @@ class Roster:
 
     def adopt(self, component: Component) -> Iterator[Unit]:
         """Move a component's units to where they stay; yields each unit once it is there."""
+        # What was collected with its pipeline, and not given back, was dropped behind nobody's last use.
+        self.streams.load.wait_stream(self.streams.current())
         self.components.append(component)
         yield from self._take_in(component, component.units)
 

@@ -3,6 +3,7 @@
 `pytest tests/simulated/test_waits.py -s` prints the list.
 """
 
+import gc
 from collections import Counter
 from contextlib import contextmanager
 from functools import reduce
@@ -16,6 +17,8 @@ from diffusers import DiffusionPipeline
 from helpers import build, run
 
 import diffusers_offload
+from diffusers_offload import slab
+from diffusers_offload.streams import open_streams
 from diffusers_offload.tiers import packed, pinned
 
 from .device import THE
@@ -122,6 +125,21 @@ def moved_when_its_hook_was_lost():
     handle.disable()
 
 
+def left_behind():
+    """A stem comes to where a model lay that has been used and is gone, although nobody gave its weights back."""
+    x = torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE)
+    net = small(Even)
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE)
+    assert not handle._engine.units
+    net(x)
+    del net, handle
+    gc.collect()
+    net = small(Even)
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=1.0)
+    net(x)
+    handle.disable()
+
+
 def edited_between_forwards():
     net, handle = streamed()
     net.blocks[2].a.weight.data = torch.randn_like(net.blocks[2].a.weight)
@@ -205,6 +223,16 @@ def packed_blocks(monkeypatch):
     handle.disable()
 
 
+def packed_by_itself(monkeypatch):
+    """As what is written to files may be."""
+    (block,) = wide_blocks(1, monkeypatch).to(DEVICE).blocks
+    for parameter in block.parameters():
+        parameter.mul_(2)
+    layout = slab.lay_out(list(block.parameters()))
+    packer = packed.Packer(open_streams(torch.device(DEVICE, 0)), True)
+    assert packer.pack(layout, slab.sources(layout, list(block.parameters()))) is not None
+
+
 def too_small_to_be_packed():
     """Weights that were looked at in vain, and leave the device."""
     net = small().to(DEVICE)
@@ -237,11 +265,13 @@ WORK = [
     moved_back_while_others_are_unpacked,
     residents_replaced,
     moved_when_its_hook_was_lost,
+    left_behind,
     edited_between_forwards,
     unpinned,
     on_disk,
     packed_blocks,
     packed_leaves,
+    packed_by_itself,
     too_small_to_be_packed,
     two_stems,
     exchanged,

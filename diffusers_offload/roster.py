@@ -60,6 +60,8 @@ class Roster:
 
     def adopt(self, component: Component) -> Iterator[Unit]:
         """Move a component's units to where they stay; yields each unit once it is there."""
+        # What was collected with its pipeline, and not given back, was dropped behind nobody's last use.
+        self.streams.load.wait_stream(self.streams.current())
         self.components.append(component)
         yield from self._take_in(component, component.units)
 
@@ -81,8 +83,7 @@ class Roster:
                     continue
                 # By way of the host: where they came from may have no room for all of them.
                 unit.weights.origin = [torch.device("cpu")] * len(unit.weights.tensors)
-                self._transfers.reveal(unit)
-                unit.weights.restore()
+                self._transfers.give_back(unit)
         self.components[self.components.index(before)] = after
         if before.on_disk:
             self._transfers.disk.pass_on(before, after)
@@ -144,16 +145,14 @@ class Roster:
         self._transfers.packed.refuse_edits(component.streamed)
         try:
             for unit in component.units:
-                self._transfers.reveal(unit)
-                unit.weights.restore()
+                self._transfers.give_back(unit)
         except BaseException:
             self._take_edits(component)
             raise
         for unit in component.units:
             unit.state = State.RESIDENT  # where it was: whoever still predicts it finds nothing to load
-        self.streams.synchronize(
-            f"the weights of {component.name} to be back"
-        )  # out of memory that is now free
+        # Whoever uses them next, on whatever stream, finds them there.
+        self.streams.synchronize(f"the weights of {component.name} to be back")
         self.components.remove(component)
         self._forget(component)
         if component.on_disk:
@@ -204,6 +203,8 @@ class Roster:
         self._clear([unit])
         self._transfers.packed.refuse_edits([unit])
         self._transfers.reveal(unit)
+        # It may have been loaded ahead, and its memory on the host goes.
+        self.streams.wait_for(unit.ready, f"copies of {component.name}.{unit.name}, which has lost its hook")
         unit.weights = renewed(unit.weights)
         self._transfers.settle(unit)
         component.streamed.remove(unit)
@@ -233,6 +234,8 @@ class Roster:
             revealed = packs or isinstance(host, RevealedMemory)
             if edited or revealed or not unit.weights.is_intact():
                 self._transfers.take_over(unit)
+        # Those that were replaced may be read still, and their memory goes.
+        self.streams.load.wait_stream(self.streams.current())
         for unit in component.residents:
             unit.weights = renewed(unit.weights)
             self._transfers.settle(unit)

@@ -198,6 +198,15 @@ class Transfers:
             streams.wait_for(unit.ready, f"{_path(unit)} to move to the device")
         unit.state = State.RESIDENT
 
+    def give_back(self, unit: Unit) -> None:
+        """The unit's tensors have memory of their own again, on the devices that they came from."""
+        self.reveal(unit)
+        leaving = [tensor.data for tensor in unit.weights.tensors]
+        unit.weights.restore()
+        # Copies within the device are under way, and the next unit may be unpacked to where this one was.
+        self._streams.load.wait_stream(self._streams.current())
+        del leaving
+
     def take_over(self, unit: Unit) -> None:
         """Somebody gave the tensors other bytes (`tensor.data = ...`, `.to(dtype)`): these count now."""
         self._streams.synchronize(f"copies of {_path(unit)}, whose weights were replaced")

@@ -78,6 +78,8 @@ class Packer:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+            finally:  # the sources' memory may be reused as soon as this returns
+                streams.current().wait_stream(streams.load)
         if whole is None:
             whole = self._gathered(layout, sources, map_memory(layout.nbytes)[1])
         return _pack(whole, layout)

@@ -3,6 +3,7 @@
 `pytest tests/simulated/test_waits.py -s` prints the list.
 """
 
+import gc
 from collections import Counter
 from contextlib import contextmanager
 from functools import reduce
@@ -11,15 +12,29 @@ from tempfile import TemporaryDirectory
 import odd_nets
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline
 from helpers import build, run
 
 import diffusers_offload
+from diffusers_offload import slab
+from diffusers_offload.streams import open_streams
 from diffusers_offload.tiers import packed, pinned
 
 from .device import THE
 
 DEVICE = "npu"
+
+
+class Even(odd_nets.Plain):
+    """As large as what of a `Net` lies in no block."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.a, self.b = (torch.nn.Linear(odd_nets.WIDTH, odd_nets.WIDTH) for _ in range(2))
+
+    def forward(self, x):
+        return torch.tanh(x + self.b(self.a(x)))
 
 
 def small(kind=odd_nets.Plain, count=5):
@@ -67,13 +82,62 @@ def moved_from_the_device():
 
 
 def moved_back_to_the_device(monkeypatch):
-    """What is freed may be another engine's before the cache is emptied."""
-    first, second = small(), small()
-    partly_on_the_device(first, second)
-    handle = diffusers_offload.enable_block_offload(first, device=DEVICE, offload_ratio=0.0)
-    monkeypatch.setattr(torch.npu, "empty_cache", lambda: None)
+    """The weights are there for whoever uses them next, on whatever stream."""
+    monkeypatch.setattr(torch.npu, "empty_cache", lambda: None)  # which waits for the device, or does nothing
+    net = small()
+    partly_on_the_device(net)
+    diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=0.0).disable()
+    with torch.npu.stream(torch.npu.Stream()):
+        for block in net.blocks:
+            block.c.weight.mul_(2)
+
+
+def moved_back_while_others_are_unpacked(monkeypatch):
+    """A packed unit comes to where a resident lay that is still being copied to where it came from."""
+    net = wide_blocks(4, monkeypatch)
+    for block in net.blocks:
+        block[1].to(DEVICE)
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=0.5, tier="packed")
+    assert all(isinstance(unit.weights.host, packed.PackedMemory) for unit in handle._engine.units)
     handle.disable()
-    diffusers_offload.enable_block_offload(second, device=DEVICE, offload_ratio=0.0).disable()
+
+
+def residents_replaced():
+    """A stem comes to where weights lay of which others were computed."""
+    net = small(Even)
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=0.5)
+    with handle.suspended():
+        for parameter in net.blocks.parameters():
+            if parameter.device.type == DEVICE:
+                parameter.data = parameter.data * 2
+    net(torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE))
+    handle.disable()
+
+
+def moved_when_its_hook_was_lost():
+    """Units that have been loaded ahead, of which all tensors or one are on the device, computed there just now."""
+    net, handle = streamed()
+    net.blocks[1].a.weight.data = torch.randn(odd_nets.WIDTH, odd_nets.WIDTH, device=DEVICE) * 2
+    for parameter in net.blocks[0].parameters():
+        parameter.data = torch.randn(parameter.shape, device=DEVICE) * 2
+    for block in net.blocks[:2]:
+        remove_hook_from_module(block)
+    handle.disable()
+
+
+def left_behind():
+    """A stem comes to where a model lay that has been used and is gone, although nobody gave its weights back."""
+    x = torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE)
+    net = small(Even)
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE)
+    assert not handle._engine.units
+    net(x)
+    del net, handle
+    gc.collect()
+    net = small(Even)
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=1.0)
+    net(x)
+    handle.disable()
 
 
 def edited_between_forwards():
@@ -128,14 +192,17 @@ def on_disk():
         handle.disable()
 
 
-def packed_blocks(monkeypatch):
-    """Several batches a unit, and more of them than the ring has slots; units that are loaded and not used."""
+def wide_blocks(count, monkeypatch):
+    """Blocks that shrink, of several batches each."""
     monkeypatch.setattr(packed, "SMALLEST", 0)
     monkeypatch.setattr(packed, "SLOT_BYTES", 64 * 1024)
     monkeypatch.setattr(packed.packer, "_CHUNK", 4096)
-    torch.manual_seed(0)
-    blocks = (torch.nn.Sequential(torch.nn.Linear(16, 4000), torch.nn.Linear(4000, 16)) for _ in range(6))
-    net = odd_nets.Net(*blocks).eval().requires_grad_(False)
+    return small(lambda: torch.nn.Sequential(torch.nn.Linear(16, 4000), torch.nn.Linear(4000, 16)), count)
+
+
+def packed_blocks(monkeypatch):
+    """More batches than the ring has slots; units that are loaded and not used."""
+    net = wide_blocks(6, monkeypatch)
     for block in net.blocks[1::2]:  # these do not shrink, and are copied to where the others were unpacked to
         weight = block[0].weight
         weight.copy_(torch.randint(0, 0x7F000000, weight.shape, dtype=torch.int32).view(torch.float32))
@@ -154,6 +221,25 @@ def packed_blocks(monkeypatch):
         net(torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE))
     net.state_dict()
     handle.disable()
+
+
+def packed_by_itself(monkeypatch):
+    """As what is written to files may be."""
+    (block,) = wide_blocks(1, monkeypatch).to(DEVICE).blocks
+    for parameter in block.parameters():
+        parameter.mul_(2)
+    layout = slab.lay_out(list(block.parameters()))
+    packer = packed.Packer(open_streams(torch.device(DEVICE, 0)), True)
+    assert packer.pack(layout, slab.sources(layout, list(block.parameters()))) is not None
+
+
+def too_small_to_be_packed():
+    """Weights that were looked at in vain, and leave the device."""
+    net = small().to(DEVICE)
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=1.0, tier="packed")
+    others = [torch.empty(odd_nets.WIDTH**2, device=DEVICE) for _ in net.blocks]  # where the weights were
+    handle.disable()
+    del others
 
 
 def packed_leaves(monkeypatch):
@@ -176,11 +262,17 @@ WORK = [
     writes_to_buffers,
     moved_from_the_device,
     moved_back_to_the_device,
+    moved_back_while_others_are_unpacked,
+    residents_replaced,
+    moved_when_its_hook_was_lost,
+    left_behind,
     edited_between_forwards,
     unpinned,
     on_disk,
     packed_blocks,
     packed_leaves,
+    packed_by_itself,
+    too_small_to_be_packed,
     two_stems,
     exchanged,
 ]

@@ -79,7 +79,9 @@ def test_packing_needs_little_memory_of_its_own():
     torch.cuda.reset_peak_memory_stats()
     packed = pack(slab, layout, 16 * 2**20)
     own = torch.cuda.max_memory_allocated() - before - len(packed.bytes)
-    asked_for = torch.cuda.memory_stats().get("requested_bytes.all.peak", 0) - asked_before - len(packed.bytes)
+    asked_for = (
+        torch.cuda.memory_stats().get("requested_bytes.all.peak", 0) - asked_before - len(packed.bytes)
+    )
     assert own <= 8 * 24 * 2**20, (
         f"{own} bytes, {asked_for} asked for; {before - len(slab)} before, by {torch.cuda.get_allocator_backend()}"
     )

@@ -37,9 +37,10 @@ class Kind:
 RESIDENT = Kind("resident", "#555555", "s")
 PINNED = Kind("diffusers_offload, pinned", "#0072B2", "o")
 PACKED = Kind("diffusers_offload, packed", "#D55E00", "D")
+PLANNED = Kind("diffusers_offload, planned", "#E69F00", "P")
 DIFFUSERS = Kind("Diffusers", "#009E73", "^")
 OTHERS = Kind("other packages", "#CC79A7", "v")
-KINDS = (PINNED, PACKED, DIFFUSERS, OTHERS, RESIDENT)
+KINDS = (PINNED, PACKED, PLANNED, DIFFUSERS, OTHERS, RESIDENT)
 
 
 def kind_of(row: str) -> Kind:
@@ -47,6 +48,8 @@ def kind_of(row: str) -> Kind:
         return RESIDENT
     if row.startswith("packed"):
         return PACKED
+    if row == "ours-planned":
+        return PLANNED
     if row.startswith("ours"):
         return PINNED
     own = row == "accelerate" or row.startswith(("diffusers-block", "diffusers-leaf", "diffusers-disk"))
@@ -90,7 +93,7 @@ def memory_and_time(results: dict[str, Any], case: str, out: Path) -> Figure | N
     axes.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, -0.14),
-        ncols=len(KINDS),
+        ncols=-(-len(KINDS) // 2),
         fontsize=8,
         frameon=False,
         handletextpad=0.2,

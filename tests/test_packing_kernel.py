@@ -77,7 +77,10 @@ def test_packing_needs_little_memory_of_its_own():
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     packed = pack(slab, layout, 16 * 2**20)
-    assert torch.cuda.max_memory_allocated() - before - len(packed.bytes) <= 8 * 24 * 2**20
+    own = torch.cuda.max_memory_allocated() - before - len(packed.bytes)
+    asked_for = torch.cuda.memory_stats().get("requested_bytes.all.peak")  # blocks may be larger
+    told = f"{before} bytes at first, peak of what was asked for {asked_for}, {torch.cuda.get_allocator_backend()}"
+    assert own <= 8 * 24 * 2**20, told
 
 
 def test_a_trial_without_memory_is_repeated(monkeypatch):

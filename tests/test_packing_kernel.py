@@ -75,16 +75,12 @@ def test_packing_needs_little_memory_of_its_own():
     place = Placement(0, torch.bfloat16, (count,), (1,))
     layout = Layout((place,), (Region(Span(0, 0, len(slab)), 0),), len(slab))
     before = torch.cuda.memory_allocated()
-    asked_before = torch.cuda.memory_stats().get("requested_bytes.all.current", 0)
     torch.cuda.reset_peak_memory_stats()
     packed = pack(slab, layout, 16 * 2**20)
     own = torch.cuda.max_memory_allocated() - before - len(packed.bytes)
-    asked_for = (
-        torch.cuda.memory_stats().get("requested_bytes.all.peak", 0) - asked_before - len(packed.bytes)
-    )
-    assert own <= 8 * 24 * 2**20, (
-        f"{own} bytes, {asked_for} asked for; {before - len(slab)} before, by {torch.cuda.get_allocator_backend()}"
-    )
+    asked_for = torch.cuda.memory_stats().get("requested_bytes.all.peak")  # blocks may be larger
+    told = f"{before} bytes at first, peak of what was asked for {asked_for}, {torch.cuda.get_allocator_backend()}"
+    assert own <= 8 * 24 * 2**20, told
 
 
 def test_a_trial_without_memory_is_repeated(monkeypatch):

@@ -1,6 +1,6 @@
 """Unpacks a coded piece in one launch (Triton). Imported only where a device can run it.
 
-A program decodes one block, each thread rows of 16 elements, whose codes are a word. It reads the streams whose place
+A program decodes one block, each thread a pair of rows of 16 elements, whose codes are a word. It reads the streams whose place
 is known, counts the escapes before each row to find where its rare codes begin, and works on the bytes of four
 exponents at once. Exponents that are spelled out are few: they are written over the others at the end. Every position
 that depends on stored bytes is bounded before it is used, for the block or for the element: whatever the bytes are,
@@ -18,7 +18,7 @@ import triton.language as tl
 from .formats import COMMON, FORMATS
 from .piece import BLOCK, Piece
 
-_WARPS = 8  # a row of 16 elements for each thread
+_WARPS = 4  # a pair of rows, 16 elements each, for each thread
 
 
 @triton.jit
@@ -72,11 +72,10 @@ def _numbers(source, offset, block, left, WIDTH: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def _bits_set(bits):
-    """How many of the 16 lowest bits are set; the others must not be."""
-    bits -= (bits >> 1) & 0x5555
-    bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
-    bits = (bits + (bits >> 4)) & 0x0F0F
-    return (bits + (bits >> 8)) & 31
+    """How many bits of each int32 are set."""
+    bits -= (bits >> 1) & 0x55555555
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    return (((bits + (bits >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
 
 
 @triton.jit
@@ -102,7 +101,7 @@ def _spell_out(
     source,
     out,
     first,
-    row,
+    start,
     marks,
     at,
     most,
@@ -122,7 +121,7 @@ def _spell_out(
     while turn < most:
         turn += 1
         wanted = marks != 0
-        place = row + _bits_set((marks & -marks) - 1)
+        place = start + _bits_set((marks & -marks) - 1)
         marks &= marks - 1
         read = wanted if WHOLE else wanted & (at < nbytes)
         exponent = tl.load(source + at, mask=read, other=0).to(tl.int32)
@@ -158,6 +157,16 @@ def _four(codes, running, window, common, rare_low, rare_high, GROUP: tl.constex
     exponents = _permute(common, 0, code, ASSEMBLY)
     exponents |= _permute(rare_low, rare_high, digit | (0x7777 - 7 * escape), ASSEMBLY)
     return exponents, ((spelled * 0x1248) >> 12) & 15
+
+
+@triton.jit
+def _row_of_words(start, row):
+    """The four words of each of these rows."""
+    words = tl.load(start + row[:, None] * 4 + tl.arange(0, 4)[None, :])
+    even, odd = tl.split(tl.reshape(words, [words.shape[0], 2, 2]))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    return w0, w1, w2, w3
 
 
 @triton.jit
@@ -202,14 +211,16 @@ def _block(
     ASSEMBLY: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    row = tl.arange(0, BLOCK // 16)
+    pair = tl.arange(0, BLOCK // 32)
+    row = pair[:, None] * 2 + tl.arange(0, 2)[None, :]
     start = (source + codes_at + block * (BLOCK // 4)).to(tl.pointer_type(tl.int32))
     codes = tl.load(start + row) if WHOLE else tl.load(start + row, mask=row * 16 < left, other=0)
 
     # Where a row's rare codes begin, and the 48 bits that they may have.
     running = _running(codes & (codes >> 1) & 0x55555555)
-    escapes = (running >> 24) & 255
-    bit = (tl.cumsum(escapes, 0) - escapes + first_rare) * 3
+    upper, lower = tl.split((running >> 24) & 255)
+    before = tl.cumsum(upper + lower, 0) - lower + first_rare
+    bit = tl.join(before - upper, before) * 3
     at = (bit >> 6) * 8 + rare_at
     start = source.to(tl.pointer_type(tl.uint64)) + (at >> 3)
     if WHOLE:
@@ -230,10 +241,9 @@ def _block(
     place = tl.arange(0, BLOCK)
     if WORDS and WHOLE:
         start = (source + rest0 + block * BLOCK).to(tl.pointer_type(tl.int32))
-        rest = tl.load(start + row[:, None] * 4 + tl.arange(0, 4)[None, :])
-        even, odd = tl.split(tl.reshape(rest, [BLOCK // 16, 2, 2]))
-        r0, r2 = tl.split(even)
-        r1, r3 = tl.split(odd)
+        p0, p1, p2, p3 = _row_of_words(start, pair * 2)
+        q0, q1, q2, q3 = _row_of_words(start, pair * 2 + 1)
+        r0, r1, r2, r3 = tl.join(p0, q0), tl.join(p1, q1), tl.join(p2, q2), tl.join(p3, q3)
         a0, b0 = _join_bytes(e0, r0, ASSEMBLY)
         a1, b1 = _join_bytes(e1, r1, ASSEMBLY)
         a2, b2 = _join_bytes(e2, r2, ASSEMBLY)
@@ -255,15 +265,17 @@ def _block(
         else:
             tl.store(out + place, element, mask=place < left)
 
-    # A row's marks: a bit for each element that is spelled out.
+    # The marks of a pair of rows: a bit for each element that is spelled out.
     marks = m0 | (m1 << 4) | (m2 << 8) | (m3 << 12)
     if not WHOLE:
         marks &= (1 << tl.minimum(tl.maximum(left - row * 16, 0), 16)) - 1
+    upper, lower = tl.split(marks)
+    marks = upper | (lower << 16)
     many = _bits_set(marks)
     at = tl.cumsum(many, 0) - many + (spelled_at + first_spelled)
     tl.debug_barrier()  # what has been written is written over
     # fmt: off
-    _spell_out(source, out, block * BLOCK, row * 16, marks, at, tl.max(many, 0), nbytes, rest0, rest1, rest2,
+    _spell_out(source, out, block * BLOCK, pair * 32, marks, at, tl.max(many, 0), nbytes, rest0, rest1, rest2,
                EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, WHOLE)
     # fmt: on
 

@@ -87,6 +87,11 @@ class Homes:
         for component in self._components:
             self.assign(component, component.order)
 
+    def let_go(self) -> None:
+        """The arena's memory is free until `fit`: whoever lies in it leaves."""
+        self._clear([unit for unit in self.units if unit.state is not State.RESIDENT])
+        self.arena.buffer = None
+
     def assign(self, component: Component, order: list[int]) -> None:
         """Give the component's units the homes that suit this order; those that stay need none."""
         component.order = order

@@ -168,6 +168,7 @@ class Roster:
         self._withdraw(component)
         self.streams.synchronize(f"copies of {component.name}, whose memory is about to go")
         component.tier = "packed"
+        self.homes.let_go()  # packing takes about as much, so a bound on the device's memory holds
         # Laid out for where the tensors look now.
         fresh = [renewed(unit.weights) for unit in component.streamed]
         try:

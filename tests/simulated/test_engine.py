@@ -209,6 +209,31 @@ def test_what_waits_for_the_bus_is_packed_before_the_next_call(monkeypatch):
     assert all(torch.equal(tensor, values[name]) for name, tensor in net.state_dict().items())
 
 
+def test_packing_takes_the_memory_of_the_arena(monkeypatch):
+    """A bound on the device's memory holds while weights are packed, too."""
+    net, x = large_net(6)
+    before, activations, weights = needs(net, x)
+    monkeypatch.setattr(held, "unpacks_fast", lambda device: True)
+    monkeypatch.setattr(packed.packer, "_CHUNK", 64 * packed.packer.BLOCK)
+    limit = before + activations + weights * 3 // 5
+    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, max_device_memory=limit)
+    roster, peaks = handle._engine.roster, []
+    pack = roster.pack
+
+    def watched(component):
+        torch.npu.reset_peak_memory_stats()
+        pack(component)
+        peaks.append(THE.memory.peak_allocated)
+
+    monkeypatch.setattr(roster, "pack", watched)
+    for _ in range(2):
+        with handle.calling():
+            for _ in range(4):
+                net(x)
+    assert peaks and peaks[0] <= limit
+    handle.disable()
+
+
 def test_what_stays_is_what_the_disk_would_be_read_for(tmp_path):
     """Where host memory holds half of the blocks, those that stay on the device are of the other half."""
     net, x = large_net(16)

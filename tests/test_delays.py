@@ -9,6 +9,7 @@ import torch
 from helpers import build, run
 
 import diffusers_offload
+from diffusers_offload.tiers import packed
 from diffusers_offload.transfers import Transfers
 
 pytestmark = pytest.mark.gpu
@@ -57,6 +58,29 @@ def test_a_pipeline_with_one_late_stream(name, stream, granularity, monkeypatch)
         arguments["callback_on_step_end"] = lambda pipe, step, timestep, given: pause() or given
     for _ in range(2):
         assert torch.equal(run(pipe, name, **arguments), expected)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("stream", ["load", "unpack", "compute"])
+def test_packed_weights_with_one_late_stream(stream, granularity, monkeypatch):
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+    monkeypatch.setattr(packed, "SLOT_BYTES", 64 * 1024)
+    pipe = build("wan22", torch.bfloat16, "cuda")
+    expected = run(pipe, "wan22")
+    pipe.to("cpu").enable_block_offload(
+        device="cuda", offload_ratio=1.0, offload_granularity=granularity, tier="packed"
+    )
+    assert pipe.block_offload.report().packed is not None
+    unpack = packed.unpack
+    if stream == "load":
+        monkeypatch.setattr(Transfers, "load", late(Transfers.load))
+    elif stream == "unpack":  # queued with its stream current
+        monkeypatch.setattr(packed, "unpack", lambda *given: pause() or unpack(*given))
+    else:
+        held = pipe.block_offload._held.values()
+        computes_late([m for each in held for unit in each.component.streamed for m in unit.modules])
+    for _ in range(2):
+        assert torch.equal(run(pipe, "wan22"), expected)
 
 
 @pytest.mark.parametrize("late_one", ["load", "write_back", "compute"])

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from ._install import install, uninstall
 
 if TYPE_CHECKING:
-    from .conversion import convert
     from .handle import OffloadHandle
     from .lightx2v import OffloadConfig
-    from .loader import from_pretrained
     from .pipeline import enable_block_offload
     from .planner import Plan
     from .policy import OffloadPolicy
     from .report import Report
+    from .saved.conversion import convert
+    from .saved.loader import from_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,9 +39,9 @@ _HOME = {
     "OffloadPolicy": "policy",
     "Plan": "planner",
     "Report": "report",
-    "convert": "conversion",
+    "convert": "saved.conversion",
     "enable_block_offload": "pipeline",
-    "from_pretrained": "loader",
+    "from_pretrained": "saved.loader",
 }
 
 

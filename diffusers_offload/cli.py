@@ -173,7 +173,7 @@ def _plan(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
     from .inspection import inspect
     from .policy import parse_bytes
-    from .skeleton import demo_skeleton, open_skeleton
+    from .saved.skeleton import demo_skeleton, open_skeleton
 
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     try:
@@ -230,7 +230,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 def _convert(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     import torch
 
-    from .conversion import convert
+    from .saved.conversion import convert
 
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     try:

@@ -13,9 +13,9 @@ import torch
 from helpers import build
 
 import diffusers_offload
-from diffusers_offload import confinement
-from diffusers_offload.confinement import ConfinedError, confined
-from diffusers_offload.skeleton import _dtype_of, open_skeleton
+from diffusers_offload.saved import confinement
+from diffusers_offload.saved.confinement import ConfinedError, confined
+from diffusers_offload.saved.skeleton import _dtype_of, open_skeleton
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from test_from_pretrained import assert_the_same, quiet, saved
 
 import diffusers_offload
 from diffusers_offload import cli
-from diffusers_offload.conversion import NOTE
-from diffusers_offload.deferred import DeferredCasts, Promises
-from diffusers_offload.holes import Holes
+from diffusers_offload.saved.conversion import NOTE
+from diffusers_offload.saved.deferred import DeferredCasts, Promises
+from diffusers_offload.saved.holes import Holes
 from diffusers_offload.tiers.blockfile import StoreError
 from diffusers_offload.tiers.reader import DiskReadError
 from diffusers_offload.tiers.sealed import seal, unseal
@@ -59,7 +59,7 @@ def test_opens_as_the_source_without_it(name, dtype, tmp_path):
 def test_opening_writes_and_reads_no_weights(granularity, source, tmp_path, monkeypatch):
     place = diffusers_offload.convert(source, tmp_path / "converted", offload_granularity=granularity)
     files = {path: path.stat().st_mtime_ns for path in place.rglob("*.safetensors")}
-    monkeypatch.setattr("diffusers_offload.settling._part", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("diffusers_offload.saved.settling._part", lambda *_: pytest.fail("read"))
     pipe = opened(place, offload_granularity=granularity)
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*.safetensors")} == files
     assert pipe.block_offload.report().disk.bytes_read == 0
@@ -74,7 +74,7 @@ def test_plain_diffusers_does_not_take_it_for_a_model(source, tmp_path):
 def test_converting_again_changes_nothing(source, tmp_path, monkeypatch):
     place = diffusers_offload.convert(source, tmp_path / "converted")
     files = {path: path.stat().st_mtime_ns for path in place.rglob("*.safetensors")}
-    monkeypatch.setattr("diffusers_offload.settling._part", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("diffusers_offload.saved.settling._part", lambda *_: pytest.fail("read again"))
     diffusers_offload.convert(source, place)
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*.safetensors")} == files
 

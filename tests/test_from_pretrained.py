@@ -15,7 +15,7 @@ from helpers import build, run, warnings_of_ours
 from safetensors.torch import load_file, save_file
 
 import diffusers_offload
-from diffusers_offload import sources
+from diffusers_offload.saved import sources
 
 LARGE = Path(__file__).parent / "large_flux.py"
 ODD = ("kandinsky-combined", "lumina2", "hidream", "ltx2", "sd-two-controlnets", "amused", "kandinsky5")
@@ -127,7 +127,7 @@ def test_an_unchanged_source_is_not_read_again(tmp_path, monkeypatch):
     folder, _ = saved("flux", tmp_path / "source")
     root = tmp_path / "files"
     right = streamed(folder, root, torch_dtype=torch.bfloat16)
-    monkeypatch.setattr("diffusers_offload.settling._part", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("diffusers_offload.saved.settling._part", lambda *_: pytest.fail("read again"))
     pipe = streamed(folder, root, torch_dtype=torch.bfloat16)
     assert_the_same(pipe, right)
     assert not (root / "unfinished").exists()

@@ -33,10 +33,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import diffusers_offload
-from diffusers_offload import OffloadPolicy, confinement
+from diffusers_offload import OffloadPolicy
 from diffusers_offload.cli import main
 from diffusers_offload.policy import check_ratio, parse_bytes
 from diffusers_offload.quoting import quoted
+from diffusers_offload.saved import confinement
 from diffusers_offload.streams import find_device
 from integrations.mindie_sd import enable_offload
 

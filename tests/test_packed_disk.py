@@ -326,7 +326,7 @@ def test_from_pretrained_packs(converted, tmp_path, monkeypatch):
     assert len(packed_units(pipe)) > 5 and torch.equal(run(pipe, "flux"), expected)
     pipe.disable_block_offload()
     before = written(folder)
-    monkeypatch.setattr("diffusers_offload.settling._part", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("diffusers_offload.saved.settling._part", lambda *_: pytest.fail("read again"))
     again = quiet(diffusers_offload.from_pretrained(tmp_path / "source", **arguments, pack_on_disk=True))
     assert written(folder) == before and len(packed_units(again)) > 5
     again.disable_block_offload()

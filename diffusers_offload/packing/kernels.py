@@ -1,10 +1,10 @@
 """Unpacks a coded piece in one launch (Triton). Imported only where a device can run it.
 
-A program decodes one block, each thread a pair of rows of 16 elements, whose codes are a word. It reads the streams whose place
-is known, counts the escapes before each row to find where its rare codes begin, and works on the bytes of four
-exponents at once. Exponents that are spelled out are few: they are written over the others at the end. Every position
-that depends on stored bytes is bounded before it is used, for the block or for the element: whatever the bytes are,
-nothing is read or written outside.
+A program decodes one block, each thread a pair of rows of 16 elements, whose codes are a word. It reads the streams
+whose place is known, counts the escapes before each row to find where its rare codes begin, and works on the bytes of
+four exponents at once. Exponents that are spelled out are few: they are written over the others at the end. Every
+position that depends on stored bytes is bounded before it is used, for the block or for the element: whatever the
+bytes are, nothing is read or written outside.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..demo.maker import cast_as_loaded, default_dtype
+from ..quoting import quoted
 from .confinement import ConfinedError, confined
-from .demo.maker import cast_as_loaded, default_dtype
-from .quoting import quoted
 
 INDEX, _CONFIG = "model_index.json", "config.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -115,7 +115,7 @@ def open_skeleton(path: str, dtype: torch.dtype | None = None) -> Skeleton:
 
 def demo_skeleton(name: str, size: str, dtype: torch.dtype | None = None) -> Skeleton:
     """The modules of one of the demo's pipelines; in bfloat16 if `dtype` is None."""
-    from .demo.pipelines import build
+    from ..demo.pipelines import build
 
     pipe = build(name, size=size, dtype=dtype or torch.bfloat16, device="meta")
     modules = {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}

@@ -8,9 +8,9 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from .quoting import quoted
+from ..quoting import quoted
+from ..tiers.blockfile import digest
 from .skeleton import read_json
-from .tiers.blockfile import digest
 
 WEIGHTS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")

@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import slab
+from .. import slab
+from ..log import logger
+from ..packing.piece import VERSION
+from ..report import size_text
+from ..target import Target, build_component
+from ..tiers import blockfile, folders
+from ..tiers.blockfile import Part, StoreError
+from ..tiers.mapped import build_on, names_in, unveiled
+from ..tiers.packed import Packer
+from ..tiers.pinned import map_memory
+from ..tiers.sealed import seal, unseal
+from ..tiers.store import Store, folder_name, identity_of
+from ..units import tensors_of
 from .deferred import Promises, lies_in, mapped_files
-from .log import logger
-from .packing.piece import VERSION
-from .report import size_text
-from .target import Target, build_component
-from .tiers import blockfile, folders
-from .tiers.blockfile import Part, StoreError
-from .tiers.mapped import build_on, names_in, unveiled
-from .tiers.packed import Packer
-from .tiers.pinned import map_memory
-from .tiers.sealed import seal, unseal
-from .tiers.store import Store, folder_name, identity_of
-from .units import tensors_of
 
 _UNFINISHED, _SOURCES = "unfinished", "sources"
 _WRITERS = 2  # threads, and so blocks that are in memory at a time

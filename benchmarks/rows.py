@@ -262,8 +262,8 @@ def _measure_case(
             with handle.calling():  # what was measured in one call counts in the next
                 for _ in range(row.warm_ups):
                     step()
-        for _ in range(row.warm_ups - 1 if first and not row.plans else 0):
-            step()
+        for _ in range(1 if row.plans else row.warm_ups - 1 if first else 0):
+            step()  # what leaves at the end of a call is back
         measure.reset_device_peaks(device)
         if handle is not None:
             handle.reset()

@@ -20,8 +20,12 @@ WORKERS = 2  # threads that read, of ours and of the bare reader
 SLOTS = 3  # units that may be on their way at a time
 
 
-def ours(share: float) -> Callable[[nn.Module, torch.device, Path], Any]:
-    """Block offload from disk, with host memory for this share of the weights and the units on their way."""
+def ours(share: float, packs: bool | None = None) -> Callable[[nn.Module, torch.device, Path], Any]:
+    """Block offload from disk, with host memory for this share of the weights and the units on their way.
+
+    Args:
+        packs: whether the files are packed; None leaves it to the package.
+    """
 
     def enable(model: nn.Module, device: torch.device, folder: Path) -> Any:
         diffusers_offload = import_module("diffusers_offload")
@@ -35,6 +39,7 @@ def ours(share: float) -> Callable[[nn.Module, torch.device, Path], Any]:
             offload_dir=folder,
             num_disk_workers=WORKERS,
             max_host_memory=through + int(share * weights),
+            pack_on_disk=packs,
         )
 
     return enable

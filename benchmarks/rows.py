@@ -144,6 +144,8 @@ ROWS = {
     "packed-leaf": ours(1.0, "leaf", "packed"),
     "ours-disk": Row(disk_rows.ours(0.0), on_disk=True, **_DISK, **_OURS),
     "ours-disk-half": Row(disk_rows.ours(0.5), on_disk=True, **_DISK, **_OURS),
+    "ours-disk-raw": Row(disk_rows.ours(0.0, False), on_disk=True, **_DISK, **_OURS),
+    "ours-disk-raw-half": Row(disk_rows.ours(0.5, False), on_disk=True, **_DISK, **_OURS),
     "diffusers-disk-warm": Row(disk_rows.diffusers, on_disk=True, **_DISK, packages=("diffusers.hooks",)),
     "diffusers-disk-cold": Row(
         disk_rows.diffusers, on_disk=True, cold=True, **_DISK, packages=("diffusers.hooks",)

@@ -10,6 +10,7 @@ import torch
 
 from .component import Component, State, Unit
 from .homes import Homes
+from .recovery import let_go_of_tensors
 from .stems import Stems
 from .streams import Streams
 from .tiers.mapped import DiskMemory
@@ -64,6 +65,7 @@ class Roster:
         self.streams.load.wait_stream(self.streams.current())
         self.components.append(component)
         yield from self._take_in(component, component.units)
+        self._close_ring()  # weights of packed files may have been unpacked, to stay so
 
     def exchange(self, before: Component, after: Component) -> None:
         """Put `after` in the place of `before`, the same module taken apart anew; units in both stay put."""
@@ -159,19 +161,22 @@ class Roster:
             self._transfers.disk.release(component)
         if not any(other.streamed for other in self.components):
             self.homes.arena.buffer = None
+        self._close_ring()
+        self.streams.empty_cache()
+
+    def _close_ring(self) -> None:
         if not any(other.packs or other.on_disk for other in self.components):
             self._transfers.packed.close()
-        self.streams.empty_cache()
 
     def pack(self, component: Component) -> None:
         """From now on what streams of a component is packed while it is not on the device."""
         self._withdraw(component)
         self.streams.synchronize(f"copies of {component.name}, whose memory is about to go")
         component.tier = "packed"
-        self.homes.let_go()  # packing takes about as much, so a bound on the device's memory holds
-        # Laid out for where the tensors look now.
-        fresh = [renewed(unit.weights) for unit in component.streamed]
         try:
+            self.homes.let_go()  # packing takes about as much, so a bound on the device's memory holds
+            # Laid out for where the tensors look now.
+            fresh = [renewed(unit.weights) for unit in component.streamed]
             with closing(self._transfers.packed.pack_each(fresh)) as all_packed:
                 for unit, weights, packed in zip(component.streamed, fresh, all_packed, strict=True):
                     if packed is not None:
@@ -179,6 +184,9 @@ class Roster:
                             weights  # first: an interrupt in between finds tensors to be taken over
                         )
                         weights.move_to_host(packed, filled=True)
+        except BaseException as error:
+            let_go_of_tensors(error)  # what was being packed is in the arena's way
+            raise
         finally:
             self._forget(component)  # what was measured was measured with more to copy
             self.homes.fit()

@@ -201,6 +201,8 @@ class Transfers:
     def give_back(self, unit: Unit) -> None:
         """The unit's tensors have memory of their own again, on the devices that they came from."""
         self.reveal(unit)
+        if unit.weights.host is None:  # it was never taken in: that failed
+            self.unveil(unit)
         leaving = [tensor.data for tensor in unit.weights.tensors]
         unit.weights.restore()
         # Copies within the device are under way, and the next unit may be unpacked to where this one was.

@@ -186,24 +186,26 @@ def test_weights_that_are_replaced_or_were_never_coded(tmp_path, device, monkeyp
 
 
 class Remembers(torch.nn.Module):
-    """Writes to a buffer that is coded, and to one that is not."""
+    """Writes to a buffer that is coded, and maybe to one that is not."""
 
-    def __init__(self):
+    def __init__(self, counts):
         super().__init__()
+        self.counts = counts
         self.a, self.b = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
         self.register_buffer("seen", torch.randn(64, 64))
         self.register_buffer("count", torch.zeros(3, dtype=torch.int64))
 
     def forward(self, x):
         self.seen += x.mean()
-        self.count += 1
+        self.count += self.counts
         return torch.tanh(self.b(self.a(x)) @ self.seen) + self.count.sum()
 
 
-def test_buffers_that_a_forward_writes_to(tmp_path, device):
+@pytest.mark.parametrize("counts", [0, 1], ids=["coded", "both"])
+def test_buffers_that_a_forward_writes_to(counts, tmp_path, device):
     def net():
         torch.manual_seed(0)
-        made = odd_nets.Net(*(Remembers() for _ in range(4)))
+        made = odd_nets.Net(*(Remembers(counts) for _ in range(4)))
         made.embed, made.out = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
         return made.eval().requires_grad_(False)
 

@@ -1,5 +1,7 @@
 """Edits of packed weights on disk: nobody computes with what stands in for them, and what is lost is told."""
 
+import gc
+
 import pytest
 import torch
 from helpers import run
@@ -9,7 +11,9 @@ from test_packed_tier import METHODS, flux, packed_units
 
 import diffusers_offload
 from diffusers_offload.tiers import packed
+from diffusers_offload.tiers.blockfile import StoreError
 from diffusers_offload.tiers.mapped import veil_of
+from diffusers_offload.tiers.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +151,41 @@ def test_formats_whose_nan_is_another_stay_as_they_are(dtype, tmp_path):
     assert torch.equal(net.blocks[1].codes.float(), expected)
     assert net.blocks[2].d.weight.isnan().all()
     handle.disable()
+
+
+def widen(net, handle):
+    with handle.suspended():
+        for block in net.blocks:
+            block.extra = torch.nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("again", ["disable", "run"])
+def test_a_component_that_could_not_be_taken_in_again_has_its_weights(again, tmp_path, monkeypatch):
+    """New modules (an adapter's) want files anew, and there is no room for these."""
+    full, put = [False], Store.put
+
+    def put_if_room(*given):
+        if full[0]:
+            raise StoreError("no space left")
+        return put(*given)
+
+    monkeypatch.setattr(Store, "put", put_if_room)
+    with torch.no_grad():
+        net, twin = net_of(4, Wide), net_of(4, Wide)
+        handle = on_disk(net, tmp_path)
+        assert same(outputs(net), outputs(twin))
+        handle.call_ended()
+        full[0] = True
+        with pytest.raises(StoreError):
+            widen(net, handle)
+        handle._engine.homes.units.clear()  # nobody remembers where they were
+        gc.collect()
+        full[0] = False
+        if again == "run":
+            assert same(outputs(net), outputs(twin))
+        handle.disable()
+    for block in net.blocks:
+        del block.extra
+    assert same_weights(net, twin)
+    with torch.no_grad():
+        assert same(outputs(net), outputs(twin))

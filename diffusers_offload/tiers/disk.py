@@ -80,7 +80,7 @@ class DiskTier:
 
         Args:
             before: where they were on the host.
-            packs: they may be packed.
+            packs: they may be packed; otherwise they are going to be written to where they lie.
         """
         on_disk = isinstance(before, DiskMemory)
         if on_disk and before.is_edited:  # that file is going to be another one

@@ -26,6 +26,7 @@ from .blockfile import BlockFile, Part
 from .lock import delete_unused
 from .mapped import DiskMemory, MappedPart, Unpacks, map_file, map_part, mapped_already, names_in, unveiled
 from .packed import Packer
+from .packedmemory import PackedMemory
 from .pinned import map_memory
 from .store import Store, file_name, identity_of
 from .traces import private_bytes
@@ -84,6 +85,8 @@ class Files:
         blocks: dict[str, list[Unit]] = defaultdict(list)
         for unit in units:
             mapped = mapped_already(component.module, unit.weights, names)
+            if mapped is not None and isinstance(mapped.memory, PackedMemory) and not unit.modules:
+                mapped = None  # stems are never packed
             if mapped is not None and not private.get(mapped.memory.bytes.untyped_storage().data_ptr()):
                 _hold(shelf, mapped)
                 unit.weights.stay_on_host(mapped.memory)
@@ -179,7 +182,7 @@ class Files:
         """Write a unit's weights, which are others than the model's now, to a file of this process's own.
 
         Args:
-            packs: they may be packed.
+            packs: they may be packed; otherwise they are going to be written to where they lie.
 
         Raises:
             StoreError: nothing can be written; the unit is as it was.
@@ -195,7 +198,7 @@ class Files:
                 pass
             return unit.weights.host
         pack = self._packer.pack_part if packs and self._packs(unit) else None
-        host = map_part(store.edit(unit.block, _part(unit, names), pack))
+        host = map_part(store.edit(unit.block, _part(unit, names), pack, written_to=not packs))
         unit.weights.move_to_host(host, filled=True)
         return host
 

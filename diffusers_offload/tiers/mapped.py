@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -23,7 +23,7 @@ from .blockfile import BlockFile, Stored, StoredPart, StoreError
 from .packed import unpack_all
 from .packedmemory import PackedMemory
 from .pinned import HostMemory, map_memory
-from .standin import stand_in
+from .standin import keep_with, kept_with, stand_in
 from .store import EDITED, Store
 
 Unpacks = Callable[[PackedMemory, int], torch.Tensor]
@@ -55,7 +55,8 @@ class PackedDiskMemory(PackedMemory, DiskMemory):
 
     def __post_init__(self) -> None:
         if self.blank.numel():
-            _veils[self.blank.data_ptr()] = self
+            hidden = replace(self, blank=self.blank[:0].clone())
+            keep_with(self.blank, Veil(hidden, self.blank.data_ptr(), self.blank.numel()))
 
     def lying_in(self, memory: HostMemory) -> HostMemory:
         found = memory.bytes[: self.bytes.numel()]
@@ -106,12 +107,26 @@ def map_file(file: BlockFile) -> list[DiskMemory]:
 
 # --- what stands in for packed weights ----------------------------------------------------------------------
 
-_veils: WeakValueDictionary[int, PackedDiskMemory] = WeakValueDictionary()  # by the address of what stands in
+
+@dataclass(frozen=True, eq=False)
+class Veil:
+    """How to find the true values of tensors that look at what stands in for them.
+
+    It is there for as long as they look there, also if taking their component in has failed and no unit has them.
+
+    Attributes:
+        memory: the packed part; its own `blank` is empty.
+        start: address of what stands in, of `nbytes` bytes.
+    """
+
+    memory: PackedDiskMemory
+    start: int
+    nbytes: int
 
 
-def veil_of(tensor: torch.Tensor) -> PackedDiskMemory | None:
+def veil_of(tensor: torch.Tensor) -> Veil | None:
     """The packed part of a file that `tensor` does not show; None if it has true values."""
-    return _veils.get(tensor.untyped_storage().data_ptr())
+    return kept_with(tensor)
 
 
 def unpack_on_host(memory: PackedMemory, nbytes: int) -> torch.Tensor:
@@ -138,15 +153,15 @@ def unveil(tensors: Iterable[torch.Tensor], raw: Unpacks = unpack_on_host) -> di
     Raises:
         StoreError: a file holds something else by now.
     """
-    slabs: dict[PackedDiskMemory, torch.Tensor] = {}
+    slabs: dict[Veil, torch.Tensor] = {}
     before: dict[int, torch.Tensor] = {}
     for tensor in tensors:
         veil = veil_of(tensor)
         if veil is None:
             continue
         if veil not in slabs:
-            slabs[veil] = raw(veil, veil.blank.numel())
-        offset = tensor.data_ptr() - veil.blank.data_ptr()
+            slabs[veil] = raw(veil.memory, veil.nbytes)
+        offset = tensor.data_ptr() - veil.start
         place = slab.Placement(offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
         before[id(tensor)] = tensor.data
         (tensor.data,) = slab.views(slab.Layout((place,), (), 0), slabs[veil])

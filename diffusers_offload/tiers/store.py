@@ -224,7 +224,13 @@ class Store:
             self._files[block] = blockfile.read_layout(path)
             self._save()
 
-    def edit(self, block: str, part: Part, pack: Callable[[Part, str], Part] | None = None) -> StoredPart:
+    def edit(
+        self,
+        block: str,
+        part: Part,
+        pack: Callable[[Part, str], Part] | None = None,
+        written_to: bool = False,
+    ) -> StoredPart:
         """Where `part` of `block` lies, whose weights are no longer the model's (a fused LoRA).
 
         That is a file of this process's own until `close`, or the model's if the part was edited back. The model's
@@ -232,6 +238,7 @@ class Store:
 
         Args:
             pack: packs a part, given the digest of its slab; None: it is written as it is.
+            written_to: what is found is going to be written to where it lies, so it must not be packed.
 
         Raises:
             StoreError: nothing can be written, or no space is left; the part is as it was before.
@@ -239,7 +246,7 @@ class Store:
         path = self.folder / f"{EDITED}{self._token}-{file_name(part.name)}"
         file = blockfile.plan(path, [part])
         for model in self.get(block).parts:
-            if model.content == file.parts[0].content:
+            if model.content == file.parts[0].content and not (written_to and model.packing is not None):
                 with self._busy:
                     self._edits.discard(path)
                 folders.delete(path)

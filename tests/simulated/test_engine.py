@@ -185,7 +185,7 @@ def test_new_inputs_are_planned_for_as_if_they_were_the_first(rows):
 
 
 def test_what_waits_for_the_bus_is_packed_before_the_next_call(monkeypatch):
-    net, x = large_net(12)
+    net, x = large_net(6)
     before, activations, weights = needs(net, x)
     expected = net.to(DEVICE)(x).cpu()
     net.to("cpu")

@@ -14,7 +14,6 @@ import json
 import shlex
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -142,20 +141,8 @@ def samples() -> Iterator[list[tuple[float, int]]]:
     """(seconds, bytes of this process in host memory), again and again until the block is left."""
     begin = perf_counter()
     found = [(0.0, measure.host_rss())]
-    done = threading.Event()
-
-    def sample() -> None:
-        while not done.wait(EVERY):
-            found.append((perf_counter() - begin, measure.host_rss()))
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
+    with measure.repeatedly(lambda: found.append((perf_counter() - begin, measure.host_rss())), EVERY):
         yield found
-    finally:
-        done.set()
-        thread.join()
-        found.append((perf_counter() - begin, measure.host_rss()))
 
 
 def thinned(series: list[tuple[float, int]], most: int = 200) -> list[tuple[float, int]]:

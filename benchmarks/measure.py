@@ -202,23 +202,34 @@ def reset_host_high_water() -> bool:
 
 
 @contextmanager
-def host_peak() -> Iterator[list[int]]:
-    """Samples the process' size; the list's one element is the most seen so far."""
-    peak = [host_rss()]
+def repeatedly(work: Callable[[], object], every: float) -> Iterator[None]:
+    """Call `work` every so many seconds in a thread until the block is left, and then once more."""
     done = threading.Event()
 
-    def sample() -> None:
-        while not done.wait(_SAMPLE_EVERY):
-            peak[0] = max(peak[0], host_rss())
+    def run() -> None:
+        while not done.wait(every):
+            work()
 
-    thread = threading.Thread(target=sample, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        yield peak
+        yield
     finally:
         done.set()
         thread.join()
+        work()
+
+
+@contextmanager
+def host_peak() -> Iterator[list[int]]:
+    """Samples the process' size; the list's one element is the most seen so far."""
+    peak = [host_rss()]
+
+    def look() -> None:
         peak[0] = max(peak[0], host_rss())
+
+    with repeatedly(look, _SAMPLE_EVERY):
+        yield peak
 
 
 def _proc(name: str) -> dict[str, int]:

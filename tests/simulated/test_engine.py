@@ -91,6 +91,18 @@ def test_weights_on_disk(memory, granularity, packs, tmp_path, monkeypatch):
     assert not checker.races, checker.races[:3]
 
 
+def test_no_ring_stays_where_nothing_is_packed_any_longer(tmp_path, monkeypatch):
+    """A folder with packed files, whose weights are to lie in host memory as they are."""
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+    monkeypatch.setattr(packed, "SLOT_BYTES", 64 * 1024)
+    pipe = build("flux", torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "saved")
+    place = diffusers_offload.convert(tmp_path / "saved", tmp_path / "packed", torch.bfloat16, packed=True)
+    pipe = diffusers_offload.from_pretrained(place, device=DEVICE, tier="pinned", offload_ratio=1.0)
+    assert pipe.block_offload._engine.packed.staging_bytes == 0
+    pipe.disable_block_offload()
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_calls_take_no_more_memory_than_the_first_ones(granularity):
     pipe = build("flux")

@@ -91,7 +91,7 @@ def cut_plain(run: Run, slot_nbytes: int) -> list[Piece]:
 def cut_coded(
     run: Run, table: tuple[int, ...], rare: Sequence[int], spelled: Sequence[int], slot_nbytes: int
 ) -> list[Piece]:
-    """The pieces of a coded run, each of as many blocks as a slot holds.
+    """The pieces of a coded run: as few as slots allow, and of equal size, for a small one costs as much to start.
 
     Args:
         table: of its exponents.
@@ -115,7 +115,8 @@ def cut_coded(
     while first < len(rare):
         ends = range(first + 1, len(rare) + 1)
         fitting = bisect_right(ends, slot_nbytes, key=lambda last, first=first: piece(first, last, 0).nbytes)
-        last = first + max(fitting, 1)
+        slots = -(-piece(first, len(rare), 0).nbytes // slot_nbytes)
+        last = first + max(min(fitting, -(-len(ends) // slots)), 1)
         pieces.append(piece(first, last, source))
         first, source = last, align(source + pieces[-1].nbytes, SOURCE_ALIGNMENT)
     return pieces if source <= run.nbytes - run.nbytes // LEAST_SAVING else []

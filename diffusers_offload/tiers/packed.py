@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..component import Unit
     from ..weights import Weights
 
-SLOT_BYTES = 24 * 2**20  # of a batch at most: large enough for the bus, small enough to begin unpacking early
+SLOT_BYTES = 32 * 2**20  # of a batch at most: large enough for the bus, small enough to begin unpacking early
 SMALLEST = packer.SMALLEST  # bytes of a tensor that is coded
 SLOTS = 3  # one on the bus, one that is unpacked, one between them
 _REMEDY = (
@@ -241,24 +241,27 @@ class PackedTier:
             unpack_all(source.pieces, source.bytes, destination)
             return streams.load
         self._open_ring(source)
-        for first, last in source.batches:
-            slot, self._turn = self._ring[self._turn], (self._turn + 1) % SLOTS
-            start, stop = (
-                source.pieces[first].source,
-                source.pieces[last - 1].source + source.pieces[last - 1].nbytes,
-            )
-            if slot.used:
-                streams.load.wait_event(slot.unpacked)
-            slot.used = True
-            self._pinned.load(
-                HostMemory(source.bytes[start:stop], source.pinned), slot.memory[: stop - start]
-            )
-            slot.copied.record(streams.load)
-            streams.unpack.wait_event(slot.copied)
-            with _on(streams, streams.unpack, streams.load), self._counters.timed_unpacking(streams.unpack):
-                for piece in source.pieces[first:last]:
-                    unpack(piece, slot.memory[piece.source - start :], destination)
-                slot.unpacked.record(streams.unpack)
+        for at in range(0, len(source.batches), SLOTS):  # by rings, so that streams are switched less often
+            slots = self._ring[self._turn :] + self._ring[: self._turn]
+            turns = list(zip(slots, source.batches[at : at + SLOTS], strict=False))
+            self._turn = (self._turn + len(turns)) % SLOTS
+            for slot, batch in turns:
+                start, stop = source.range_of(batch)
+                if slot.used:
+                    streams.load.wait_event(slot.unpacked)
+                slot.used = True
+                self._pinned.load(
+                    HostMemory(source.bytes[start:stop], source.pinned), slot.memory[: stop - start]
+                )
+                slot.copied.record(streams.load)
+            with _on(streams, streams.unpack, streams.load):
+                for slot, batch in turns:
+                    streams.unpack.wait_event(slot.copied)
+                    with self._counters.timed_unpacking(streams.unpack):
+                        start, _ = source.range_of(batch)
+                        for piece in source.pieces[slice(*batch)]:
+                            unpack(piece, slot.memory[piece.source - start :], destination)
+                        slot.unpacked.record(streams.unpack)
         return streams.unpack
 
     def raw(self, source: PackedMemory, nbytes: int, data: torch.Tensor | None = None) -> torch.Tensor:

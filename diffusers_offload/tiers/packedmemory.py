@@ -39,11 +39,15 @@ class PackedMemory(HostMemory):
                 (found[index],) = slab.views(Layout((there,), (), 0), self.bytes)
         return found
 
+    def range_of(self, batch: tuple[int, int]) -> tuple[int, int]:
+        """Where among the bytes a batch begins and ends."""
+        first, last = self.pieces[batch[0]], self.pieces[batch[1] - 1]
+        return first.source, last.source + last.nbytes
+
     @cached_property
     def largest_batch(self) -> int:
         """Bytes of the longest copy."""
-        ends = ((self.pieces[first], self.pieces[last - 1]) for first, last in self.batches)
-        return max((end.source + end.nbytes - begin.source for begin, end in ends), default=0)
+        return max((stop - start for start, stop in map(self.range_of, self.batches)), default=0)
 
     def checked(self) -> PackedMemory:
         """The same bytes, of which it is known that they are those that were packed."""

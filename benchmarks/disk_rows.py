@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import disk_reader
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from diffusers_offload.tiers.blockfile import Stored
+from diffusers_offload.tiers.pinned import STAGING_BYTES
 
 WORKERS = 2  # threads that read, of ours and of the bare reader
 SLOTS = 3  # units that may be on their way at a time
@@ -29,7 +30,7 @@ def ours(share: float, packs: bool | None = None) -> Callable[[nn.Module, torch.
 
     def enable(model: nn.Module, device: torch.device, folder: Path) -> Any:
         diffusers_offload = import_module("diffusers_offload")
-        through = SLOTS * (largest_block(model) + disk_reader.PAGE) * 8 // 7  # an eighth is for staging
+        through = SLOTS * (largest_block(model) + disk_reader.PAGE) + 2 * STAGING_BYTES
         weights = sum(parameter.nbytes for parameter in model.parameters())
         return diffusers_offload.enable_block_offload(
             model,
@@ -90,6 +91,15 @@ def cold_times(step: Callable[[], Any], count: int, device: torch.device, folder
         drop_cache(folder)
         times += measure.step_times(step, 1, device)[0]
     return times
+
+
+def settled(handle: Any) -> Any:
+    """Our report of the disk once nothing more is read ahead: as much of the next step as there are slots for."""
+    before, now = None, handle.report().disk
+    while before is None or now.bytes_read > before.bytes_read:
+        sleep(0.5)
+        before, now = now, handle.report().disk
+    return now
 
 
 def told(folder: Path, before: Any, after: Any, steps_ms: list[float], rates: list[float]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def ours(ratio: float, granularity: str = "block", tier: str = "pinned") -> Row:
         )
 
     settings = f"offload_granularity={granularity!r}, offload_ratio={ratio:g}, tier={tier!r}"
-    return Row(enable, settings=settings, **_OURS)
+    return Row(enable, plans=0 < ratio < 1, settings=settings, **_OURS)
 
 
 def planned(share: float, beside: int) -> Row:
@@ -272,7 +272,7 @@ def _measure_case(
         count, rates, disk = min(case.forwards, row.at_most), [], None
         if row.on_disk:
             rates = [disk_rows.bare_rate(folder)]
-            disk = handle.report().disk if handle is not None else None
+            disk = disk_rows.settled(handle) if handle is not None else None
             if not row.cold and handle is None:
                 step()  # the page cache is warm again
         if row.cold:
@@ -280,7 +280,7 @@ def _measure_case(
             wall = sum(times) / count
         else:
             times, wall = measure.step_times(step, count, device)
-        now = handle.report().disk if handle is not None and row.on_disk else None
+        now = disk_rows.settled(handle) if handle is not None and row.on_disk else None
         allocated, reserved = measure.device_peaks(device)
         hashes.append(measure.digest(output))
         result = {

@@ -15,6 +15,7 @@ from .component import Component
 from .engine import Engine
 from .log import logger
 from .packing import unpacks_fast
+from .spread import respread
 from .statedicts import TrueStates
 from .target import Target, build_component, owners_in
 from .tiers.mapped import veil_of
@@ -133,6 +134,7 @@ class Held:
         self.engine.notice_silent_edits(self.component)
         if self._gains_by_packing():
             self._pack()
+        self._spread()
         self.component.checked = True
 
     def _refuse_copies(self) -> None:
@@ -167,6 +169,22 @@ class Held:
             logger.warning("%s: not all of it could be packed: %s", self.component.name, error)
         for handle in self.owners:
             handle.remember(self)
+
+    def _spread(self) -> None:
+        """Let others of its units stay, if a timed forward has shown that this is faster."""
+        before = self.target
+        timed = self.engine.keeping.spreads.take(self.component)
+        better = respread(timed, self.component, before) if timed is not None else None
+        if better is None:
+            return
+        logger.info("%s: by what they compute, others of its units had better stay", self.component.name)
+        try:
+            self.target = better
+            self.renew()
+        except (RuntimeError, MemoryError) as error:  # it would be faster, but goes on as it is
+            logger.warning("%s: the units that stay could not be exchanged: %s", self.component.name, error)
+            self.target = before
+            self.renew()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from .homes import Homes
 from .loads import Loads
 from .recovery import is_out_of_memory
 from .roster import Roster
+from .spread import Spreads
 from .streams import Streams
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Keeping:
         loads: Loads,
     ) -> None:
         self.budget = budget
+        self.spreads = Spreads(streams)
         self._streams = streams
         self._roster = roster
         self._homes = homes
@@ -53,7 +55,7 @@ class Keeping:
             shapes: of what the forward is given.
         """
         if self.budget is None:
-            return None
+            return self.spreads.begin(component)
         self._contend(component)
         if self._disk is not None:
             self._read = self._disk.read_so_far
@@ -66,7 +68,10 @@ class Keeping:
 
     def end(self, component: Component, completed: bool) -> None:
         """That forward is over."""
-        if self.budget is None or not component.streamed:
+        if self.budget is None:
+            self.spreads.end(component, completed, self._homes.arena.capacity)
+            return
+        if not component.streamed:
             return
         if not completed:
             self.budget.abandon()
@@ -143,6 +148,7 @@ class Keeping:
 
     def forget(self, component: Component) -> None:
         """The component is here no longer."""
+        self.spreads.take(component)
         if self.budget is not None:
             self.budget.forget(component)
 

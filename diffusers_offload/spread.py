@@ -1,0 +1,180 @@
+"""Which units stay under an `offload_ratio`: evenly spread by bytes at first, by their times once those are known.
+
+Blocks of one model differ in how long they compute per byte: FLUX's double blocks take a bus twice as long as its
+single ones for the same computing. An even spread then waits in one half of the model and leaves the bus idle in the
+other. So one forward is timed, and if another choice of as many bytes is predicted to be clearly faster, it is taken
+before the next call, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from .arena import LOOKAHEAD
+from .selection import choose_stay
+from .stopwatch import Stopwatch
+from .timeline import Copying, Work, place, simulate
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .component import Component, Unit
+    from .streams import Streams
+    from .target import Target
+
+_WORTH = 0.02  # of a step: what another choice must gain to be worth moving weights for
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One forward of a component some of whose units stayed.
+
+    Attributes:
+        streamed: the units that were timed.
+        work: what these computed; what the others did is in the gaps.
+        rate: of the copies, bytes a second.
+        capacity: bytes of the arena.
+    """
+
+    streamed: tuple[Unit, ...]
+    work: Work
+    rate: float
+    capacity: int
+
+
+class Spreads:
+    """Times components some of whose units stay, each once."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._done: WeakSet[nn.Module] = WeakSet()
+        self._timed: dict[Component, Timed] = {}
+        self._watch: Stopwatch | None = None
+
+    def begin(self, component: Component) -> Stopwatch | None:
+        """An outermost forward of `component` begins; returns the stopwatch that is to time it, if one is."""
+        self._watch = None
+        stays = any(unit.modules for unit in component.residents)
+        warm = component.runs > 0 and component.known  # the first forward of a call waits for more
+        new = component.module not in self._done and not component.on_disk
+        if stays and component.streamed and warm and new and self._streams.asynchronous:
+            self._watch = Stopwatch(self._streams)
+        return self._watch
+
+    def end(self, component: Component, completed: bool, capacity: int) -> None:
+        """That forward is over.
+
+        Args:
+            capacity: bytes of the arena.
+        """
+        component.runs += completed
+        watch, self._watch = self._watch, None
+        if watch is None or not completed:
+            return
+        self._done.add(component.module)
+        watch.stop()
+        read = watch.read(component.streamed)
+        if read is not None and read[1] is not None:
+            self._timed[component] = Timed(tuple(component.streamed), *read, capacity)
+
+    def take(self, component: Component) -> Timed | None:
+        """What was timed of `component`, once."""
+        return self._timed.pop(component, None)
+
+
+def respread(timed: Timed, component: Component, target: Target) -> Target | None:
+    """The target with other units that stay, if that is clearly faster by what was timed; None if it is not."""
+    units = {unit.modules: unit for unit in (*component.residents, *component.streamed) if unit.modules}
+    parts = [i for i, part in enumerate(target.anatomy.parts) if part.modules in units]
+    ordered = [units[target.anatomy.parts[i].modules] for i in parts]
+    staying = {i for i, unit in zip(parts, ordered, strict=True) if unit in component.residents}
+    if not target.policy.streams or staying != target.residents:  # some stay for other reasons
+        return None
+    stay = better_residents(timed, ordered, target.policy.ratio)
+    return (
+        replace(target, residents=frozenset(parts[number] for number in stay)) if stay is not None else None
+    )
+
+
+def better_residents(timed: Timed, units: Sequence[Unit], ratio: float) -> frozenset[int] | None:
+    """Which of `units` had better stay, by index; None if the ones that do are as good, or nobody can tell.
+
+    Args:
+        units: those that stay and those that stream, in declared order.
+        ratio: share of their bytes that may stream.
+    """
+    sizes = tuple(unit.nbytes for unit in units)
+    index = {unit: number for number, unit in enumerate(units)}
+    if any(unit not in index for unit in timed.streamed):
+        return None
+    numbers = [index[unit] for unit in timed.streamed]
+    work = with_residents(timed.work, numbers, sizes)
+    if work is None:
+        return None
+    floats = timed.streamed[0].floats
+    copying = Copying(timed.rate, lookahead=LOOKAHEAD if floats else None)
+
+    def step(stay: Collection[int]) -> float:
+        homes = () if floats else place(work, stay, timed.capacity)
+        return simulate(work, stay, homes, copying).step
+
+    now = frozenset(range(len(units))) - set(numbers)
+    stay = set(choose_stay(work, sum(sizes[unit] for unit in now), timed.capacity, copying))
+    for unit in sorted(set(range(len(units))) - stay, key=lambda unit: sizes[unit]):
+        if sum(sizes) - sum(sizes[each] for each in stay) <= ratio * sum(sizes):
+            break
+        stay.add(unit)
+    return frozenset(stay) if step(stay) < step(now) * (1 - _WORTH) else None
+
+
+def with_residents(work: Work, numbers: Sequence[int], sizes: Sequence[int]) -> Work | None:
+    """A cycle of all units, from one of which only those that streamed were timed.
+
+    A unit that stayed is taken to compute as long as those of its size that streamed, out of the gap that it lies in.
+
+    Args:
+        numbers: of each unit of `work`, its number among all.
+        sizes: bytes of all units, in the order of their use.
+
+    Returns:
+        None if they were not used once each, in that order.
+    """
+    order, compute, gaps = _merged(work)
+    used = [numbers[unit] for unit in order]
+    if used != sorted(set(numbers)):
+        return None
+    times: dict[int, list[float]] = {}
+    for number, seconds in zip(used, compute, strict=True):
+        times.setdefault(sizes[number], []).append(seconds)
+    usual = {size: sum(each) / len(each) for size, each in times.items()}
+    timed, count = dict(zip(used, compute, strict=True)), len(sizes)
+    full = [timed.get(number, usual.get(sizes[number], 0.0)) for number in range(count)]
+    left = [0.0] * count
+    for at, number in enumerate(used):  # between this unit and the next that streamed, round the cycle
+        between = (used[(at + 1) % len(used)] - number - 1) % count
+        inside = [(number + 1 + i) % count for i in range(between)]
+        guessed = sum(full[each] for each in inside)
+        if guessed > gaps[at]:
+            for each in inside:
+                full[each] *= gaps[at] / guessed
+        left[inside[-1] if inside else number] = max(0.0, gaps[at] - guessed)
+    return Work(tuple(sizes), tuple(full), tuple(left))
+
+
+def _merged(work: Work) -> tuple[list[int], list[float], list[float]]:
+    """The uses of a cycle, those of one unit that follow each other as one: (units, their seconds, the gaps behind)."""
+    order: list[int] = []
+    compute: list[float] = []
+    gaps: list[float] = []
+    for unit, seconds, gap in zip(work.order, work.compute, work.gaps, strict=True):
+        if order and order[-1] == unit:
+            compute[-1] += gaps[-1] + seconds
+            gaps[-1] = gap
+        else:
+            order.append(unit)
+            compute.append(seconds)
+            gaps.append(gap)
+    return order, compute, gaps

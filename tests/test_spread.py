@@ -1,0 +1,102 @@
+"""Which units stay under an `offload_ratio` once their times are known."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from diffusers_offload.arena import capacity_for
+from diffusers_offload.planner import choose_residents
+from diffusers_offload.spread import Timed, better_residents, with_residents
+from diffusers_offload.timeline import Copying, Work, place, simulate
+
+MIB = 2**20
+RATE = 80e9
+
+
+@dataclass(eq=False)
+class Unit:
+    nbytes: int
+    floats: bool = False
+
+
+def flux():
+    return Work((648 * MIB,) * 19 + (270 * MIB,) * 38, (3.2e-3,) * 19 + (2.9e-3,) * 38, (2e-5,) * 57)
+
+
+def timed_without(full, stay):
+    """What timing the units that do not stay gives: the others compute in the gaps."""
+    used = [number for number in range(len(full.sizes)) if number not in stay]
+    gaps = []
+    for at, number in enumerate(used):
+        after = used[at + 1] if at + 1 < len(used) else used[0] + len(full.sizes)
+        inside = [each % len(full.sizes) for each in range(number + 1, after)]
+        gaps.append(full.gaps[number] + sum(full.compute[each] + full.gaps[each] for each in inside))
+    sizes = tuple(full.sizes[number] for number in used)
+    return used, Work(sizes, tuple(full.compute[number] for number in used), tuple(gaps))
+
+
+def better(full, ratio, units):
+    stay = choose_residents(full.sizes, ratio)
+    used, work = timed_without(full, stay)
+    capacity = capacity_for([full.sizes[number] for number in used])
+    timed = Timed(tuple(units[number] for number in used), work, RATE, capacity)
+    return better_residents(timed, units, ratio), stay, capacity
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_units_that_stayed_compute_like_those_of_their_size(ratio):
+    full = flux()
+    used, work = timed_without(full, choose_residents(full.sizes, ratio))
+    found = with_residents(work, used, full.sizes)
+    assert found.compute == pytest.approx(full.compute)
+    assert sum(found.gaps) == pytest.approx(sum(full.gaps))
+
+
+def test_units_of_a_size_that_nobody_timed_leave_their_gap_as_it_is():
+    work = Work((10, 10), (1.0, 1.0), (3.0, 0.5))
+    found = with_residents(work, [0, 2], (10, 77, 10))
+    assert found.compute == (1.0, 0.0, 1.0)
+    assert found.gaps == (0.0, 3.0, 0.5)
+
+
+def test_two_passes_over_a_unit_are_one_use():
+    work = Work((10, 20), (1.0, 1.0, 2.0, 2.0), (0.1, 0.2, 0.1, 0.3), (0, 0, 1, 1))
+    found = with_residents(work, [0, 1], (10, 20))
+    assert found.compute == pytest.approx((2.1, 4.1))
+    assert found.gaps == pytest.approx((0.2, 0.3))
+
+
+@pytest.mark.parametrize("order", [(1, 0), (0, 1, 0), (0,)])
+def test_nothing_is_guessed_of_another_order(order):
+    count = len(order)
+    assert with_residents(Work((10, 20), (1.0,) * count, (0.1,) * count, order), [0, 1], (10, 20)) is None
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.55, 0.6])
+def test_blocks_of_two_kinds_are_kept_by_what_they_compute(ratio):
+    full = flux()
+    units = [Unit(size) for size in full.sizes]
+    found, stay, capacity = better(full, ratio, units)
+
+    def step(staying):
+        return simulate(full, staying, place(full, staying, capacity), Copying(RATE)).step
+
+    total = sum(full.sizes)
+    assert total - sum(full.sizes[number] for number in found) <= ratio * total
+    assert sum(full.sizes[number] for number in found) <= (1 - ratio) * total + 2 * max(full.sizes)
+    floor = max(full.seconds, ratio * total / RATE)
+    assert step(found) < floor * 1.03
+    assert step(found) < step(stay) * 0.98
+
+
+def test_equal_blocks_stay_as_they_are():
+    full = Work((680 * MIB,) * 40, (11.5e-3,) * 40, (2e-5,) * 40)
+    assert better(full, 0.5, [Unit(size) for size in full.sizes])[0] is None
+
+
+def test_another_unit_among_the_timed_ones_proves_nothing():
+    full = flux()
+    units = [Unit(size) for size in full.sizes]
+    used, work = timed_without(full, choose_residents(full.sizes, 0.5))
+    timed = Timed((Unit(1), *(units[number] for number in used[1:])), work, RATE, 2**31)
+    assert better_residents(timed, units, 0.5) is None

@@ -95,6 +95,7 @@ class Component:
         self.stem: list[Unit] = []
         self.streamed: list[Unit] = []
         self.residents: list[Unit] = []
+        self.shares = False  # a share of its units stays, whichever they are
         self.tier = "pinned"  # where its weights are while they are not on the device
         self.present = False  # the stem is on the device
         self.needs: list[Component] = []  # components whose stems hold tensors of this one as well

@@ -57,10 +57,10 @@ class Spreads:
     def begin(self, component: Component) -> Stopwatch | None:
         """An outermost forward of `component` begins; returns the stopwatch that is to time it, if one is."""
         self._watch = None
-        stays = any(unit.modules for unit in component.residents)
+        parted = component.shares and component.residents and component.streamed
         warm = component.runs > 0 and component.known  # the first forward of a call waits for more
         new = component.module not in self._done and not component.on_disk
-        if stays and component.streamed and warm and new and self._streams.asynchronous:
+        if parted and warm and new and self._streams.asynchronous:
             self._watch = Stopwatch(self._streams)
         return self._watch
 
@@ -91,7 +91,7 @@ def respread(timed: Timed, component: Component, target: Target) -> Target | Non
     parts = [i for i, part in enumerate(target.anatomy.parts) if part.modules in units]
     ordered = [units[target.anatomy.parts[i].modules] for i in parts]
     staying = {i for i, unit in zip(parts, ordered, strict=True) if unit in component.residents}
-    if not target.policy.streams or staying != target.residents:  # some stay for other reasons
+    if staying != target.residents:  # some stay for other reasons
         return None
     stay = better_residents(timed, ordered, target.policy.ratio)
     return (

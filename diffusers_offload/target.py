@@ -133,6 +133,7 @@ def build_component(
     """
     component = Component(target.name, target.module)
     component.tier = target.policy.tier
+    component.shares = target.policy.streams and 0 < target.policy.ratio < 1
     everything = tensors_of(target.module)
     for tensor in everything:
         owner = owners.setdefault(id(tensor), component)

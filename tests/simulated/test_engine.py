@@ -12,7 +12,9 @@ from torch import nn
 
 import diffusers_offload
 from diffusers_offload import held
+from diffusers_offload.handle import held_policy
 from diffusers_offload.tiers import packed
+from integrations.mindie_sd import enable_offload
 
 from .device import THE
 
@@ -254,6 +256,18 @@ def test_a_share_stays_by_what_its_units_compute(fails, monkeypatch):
     assert all(torch.equal(tensor.cpu(), values[name]) for name, tensor in net.state_dict().items())
     handle.disable()
     assert all(torch.equal(tensor, values[name]) for name, tensor in net.state_dict().items())
+
+
+def test_blocks_that_were_named_stay():
+    """MindIE-SD's call keeps the first ones, whatever they compute."""
+    net, x = uneven_net()
+    net.blocks = nn.ModuleList([*net.blocks[8:], *net.blocks[:8]])
+    enable_offload(net, net.blocks, 9)
+    handle, _ = held_policy(net)
+    steps_in_calls(handle, net, x, 2)
+    (component,) = handle._engine.components
+    assert [unit.name for unit in component.residents if unit.modules] == [f"blocks.{i}" for i in range(9)]
+    handle.disable()
 
 
 def test_a_better_spread_is_faster():

@@ -24,8 +24,8 @@ from measure import GIB, reset_device_peaks, step_times
 from models import CASES, Case, build, forward_of
 
 import diffusers_offload
-from diffusers_offload.budget import Choice, DeviceBudget
-from diffusers_offload.planner import choose_kept
+from diffusers_offload.planning.budget import Choice, DeviceBudget
+from diffusers_offload.planning.planner import choose_kept
 from diffusers_offload.policy import OffloadPolicy
 
 CARDS = (4, 8, 12, 16, 24)  # GB, as cards are sold: 10**9 bytes

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .handle import OffloadHandle
     from .lightx2v import OffloadConfig
     from .pipeline import enable_block_offload
-    from .planner import Plan
+    from .planning.planner import Plan
     from .policy import OffloadPolicy
     from .report import Report
     from .saved.conversion import convert

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .arena import Arena
-from .budget import DeviceBudget
 from .component import WAITING, Component, State, Unit
 from .homes import Homes
 from .keeping import Keeping
 from .learning import Learning
 from .loads import Loads
+from .planning.budget import DeviceBudget
 from .report import Counters
 from .roster import Roster
 from .stems import Stems

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from . import planner
 from .packing import unpacks_fast
-from .planner import Plan
+from .planning import planner
+from .planning.planner import Plan
 from .policy import STREAMING, Request
 from .report import size_text
 from .streams import Streams

@@ -13,13 +13,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import guards
-from .budget import DeviceBudget
 from .calls import calling, engines_of, exclusively
 from .component import Unit
 from .engine import Engine
 from .fitting import NO_LIMITS, Limits
 from .held import Held, find_held
-from .planner import ComponentPlan, Plan
+from .planning.budget import DeviceBudget
+from .planning.planner import ComponentPlan, Plan
 from .policy import Request
 from .report import GIB, PackedReport, Prediction, Report
 from .streams import open_streams

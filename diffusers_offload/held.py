@@ -15,7 +15,6 @@ from .component import Component
 from .engine import Engine
 from .log import logger
 from .packing import unpacks_fast
-from .spread import respread
 from .statedicts import TrueStates
 from .target import Target, build_component, owners_in
 from .tiers.mapped import veil_of
@@ -174,7 +173,7 @@ class Held:
         """Let others of its units stay, if a timed forward has shown that this is faster."""
         before = self.target
         timed = self.engine.keeping.spreads.take(self.component)
-        better = respread(timed, self.component, before) if timed is not None else None
+        better = before.respread(self.component, timed) if timed is not None else None
         if better is None:
             return
         logger.info("%s: by what they compute, others of its units had better stay", self.component.name)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import planner, slab
-from .planner import ComponentPlan, Plan, UnitSize
+from . import slab
+from .planning import planner
+from .planning.planner import ComponentPlan, Plan, UnitSize
 from .policy import STREAMING, Request, parse_request
 from .report import size_text, table
 from .routing import make_target

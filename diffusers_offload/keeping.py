@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from .budget import Choice, DeviceBudget, Reading
 from .component import Component, Unit
 from .homes import Homes
 from .loads import Loads
+from .planning.budget import Choice, DeviceBudget, Reading
+from .planning.spread import Spreads
 from .recovery import is_out_of_memory
 from .roster import Roster
-from .spread import Spreads
 from .streams import Streams
 
 if TYPE_CHECKING:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from . import planner, slab
+from . import slab
 from .component import Component, Unit
 from .packing import expected_nbytes, unpacks_fast
-from .planner import ComponentPlan, Plan, UnitSize
+from .planning import planner
+from .planning.planner import ComponentPlan, Plan, UnitSize
+from .planning.spread import Timed, better_residents
 from .policy import STREAMING, OffloadPolicy
 from .tiers.mapped import veil_of
 from .tiers.packed import ring_bytes
@@ -99,6 +101,19 @@ class Target:
             i for i, part in enumerate(anatomy.parts) if all(id(module) in staying for module in part.modules)
         )
         return replace(self, anatomy=anatomy, residents=residents, findings=findings)
+
+    def respread(self, component: Component, timed: Timed) -> Target | None:
+        """The same component with other units that stay, if that is clearly faster by what was timed; None if not."""
+        units = {unit.modules: unit for unit in (*component.residents, *component.streamed) if unit.modules}
+        parts = [i for i, part in enumerate(self.anatomy.parts) if part.modules in units]
+        ordered = [units[self.anatomy.parts[i].modules] for i in parts]
+        staying = {i for i, unit in zip(parts, ordered, strict=True) if unit in component.residents}
+        if staying != self.residents:  # some stay for other reasons
+            return None
+        stay = better_residents(timed, ordered, self.policy.ratio)
+        if stay is None:
+            return None
+        return replace(self, residents=frozenset(parts[number] for number in stay))
 
     def streaming(self) -> Target:
         """The same component, with nothing that stays on the device."""

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .component import State, Unit
+from .planning.stopwatch import Stopwatch
 from .report import Counters
 from .slab import ALIGNMENT
-from .stopwatch import Stopwatch
 from .streams import Streams
 from .tiers.disk import DiskTier
 from .tiers.mapped import DiskMemory, unveil

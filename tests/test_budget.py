@@ -6,7 +6,7 @@ from helpers import build, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_offload.planner import choose_kept, choose_residents
+from diffusers_offload.planning.planner import choose_kept, choose_residents
 from diffusers_offload.policy import parse_bytes
 from diffusers_offload.streams import InlineStreams
 

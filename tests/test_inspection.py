@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from helpers import build
 
 from diffusers_offload.inspection import group_units, inspect
-from diffusers_offload.planner import UnitSize
+from diffusers_offload.planning.planner import UnitSize
 from diffusers_offload.saved.skeleton import NoPipelineError, demo_skeleton, open_skeleton
 from diffusers_offload.units import dissect
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 import diffusers_offload
 from diffusers_offload import OffloadPolicy, held
-from diffusers_offload.budget import DeviceBudget
+from diffusers_offload.planning.budget import DeviceBudget
 from diffusers_offload.tiers import packed
 from diffusers_offload.tiers.packed import PackedMemory
 from diffusers_offload.tiers.standin import stand_in

@@ -8,10 +8,10 @@ from guidance import Disturbed, Loop, Net, compare, offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_offload.budget import DeviceBudget, _Known
 from diffusers_offload.component import Component
+from diffusers_offload.planning.budget import DeviceBudget, _Known
+from diffusers_offload.planning.timeline import Forecast
 from diffusers_offload.streams import open_streams
-from diffusers_offload.timeline import Forecast
 
 pytestmark = pytest.mark.usefixtures("nobody_is_left_half_way")
 GRANULARITIES = ("block", "phase", "leaf")

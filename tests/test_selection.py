@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_offload.arena import capacity_for
-from diffusers_offload.planner import choose_kept, choose_residents, keep_pace
-from diffusers_offload.selection import choose_stay
-from diffusers_offload.timeline import Copying, Work, place, simulate
+from diffusers_offload.planning.planner import choose_kept, choose_residents, keep_pace
+from diffusers_offload.planning.selection import choose_stay
+from diffusers_offload.planning.timeline import Copying, Work, place, simulate
 
 MIB = 2**20
 RATE = 55.5e9

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import pytest
 
 from diffusers_offload.arena import capacity_for
-from diffusers_offload.planner import choose_residents
-from diffusers_offload.spread import Timed, better_residents, with_residents
-from diffusers_offload.timeline import Copying, Work, place, simulate
+from diffusers_offload.planning.planner import choose_residents
+from diffusers_offload.planning.spread import Timed, better_residents, with_residents
+from diffusers_offload.planning.timeline import Copying, Work, place, simulate
 
 MIB = 2**20
 RATE = 80e9

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_offload.arena import capacity_for
-from diffusers_offload.timeline import LATENCY, Copying, Work, place, simulate
+from diffusers_offload.planning.timeline import LATENCY, Copying, Work, place, simulate
 
 RATE = 1e9
 MB = 10**6  # a millisecond at RATE

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..handle import OffloadHandle
-    from ..planner import Plan
+    from ..planning.planner import Plan
 
 NONE = "-"
 

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..planner import choose_kept
+from ..planning.planner import choose_kept
 from ..report import size_text
 
 CachePolicy = Literal["static", "fifo", "lru"]

@@ -9,11 +9,11 @@ before the next call, once.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from .arena import LOOKAHEAD
+from ..arena import LOOKAHEAD
 from .selection import choose_stay
 from .stopwatch import Stopwatch
 from .timeline import Copying, Work, place, simulate
@@ -21,9 +21,8 @@ from .timeline import Copying, Work, place, simulate
 if TYPE_CHECKING:
     from torch import nn
 
-    from .component import Component, Unit
-    from .streams import Streams
-    from .target import Target
+    from ..component import Component, Unit
+    from ..streams import Streams
 
 _WORTH = 0.02  # of a step: what another choice must gain to be worth moving weights for
 
@@ -83,20 +82,6 @@ class Spreads:
     def take(self, component: Component) -> Timed | None:
         """What was timed of `component`, once."""
         return self._timed.pop(component, None)
-
-
-def respread(timed: Timed, component: Component, target: Target) -> Target | None:
-    """The target with other units that stay, if that is clearly faster by what was timed; None if it is not."""
-    units = {unit.modules: unit for unit in (*component.residents, *component.streamed) if unit.modules}
-    parts = [i for i, part in enumerate(target.anatomy.parts) if part.modules in units]
-    ordered = [units[target.anatomy.parts[i].modules] for i in parts]
-    staying = {i for i, unit in zip(parts, ordered, strict=True) if unit in component.residents}
-    if staying != target.residents:  # some stay for other reasons
-        return None
-    stay = better_residents(timed, ordered, target.policy.ratio)
-    return (
-        replace(target, residents=frozenset(parts[number] for number in stay)) if stay is not None else None
-    )
 
 
 def better_residents(timed: Timed, units: Sequence[Unit], ratio: float) -> frozenset[int] | None:

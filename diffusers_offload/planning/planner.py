@@ -8,9 +8,9 @@ from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import arena
-from .policy import OffloadPolicy
-from .report import size_text, table
+from .. import arena
+from ..policy import OffloadPolicy
+from ..report import size_text, table
 
 if TYPE_CHECKING:
     import torch

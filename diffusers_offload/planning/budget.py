@@ -12,16 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .arena import LOOKAHEAD, capacity_for
+from ..arena import LOOKAHEAD, capacity_for
+from ..report import Prediction
 from .planner import choose_kept, estimate_activations
-from .report import Prediction
 from .selection import choose_stay
 from .stopwatch import Stopwatch
 from .timeline import Copying, Forecast, Work, place, simulate
 
 if TYPE_CHECKING:
-    from .component import Component, Unit
-    from .streams import Streams
+    from ..component import Component, Unit
+    from ..streams import Streams
 
 _RESERVE = 0.025  # of the bound: the allocator rounds up, and fragments
 _TIGHTEN = 0.8  # of the bound, once the device has run out of memory below it

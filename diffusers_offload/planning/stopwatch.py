@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from .timeline import Work
 
 if TYPE_CHECKING:
-    from .component import Unit
-    from .streams import Streams
+    from ..component import Unit
+    from ..streams import Streams
 
 _RATED_FROM = 4 * 2**20  # bytes of a copy that tells the bus's rate
 

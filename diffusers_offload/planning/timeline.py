@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from .arena import assign_homes, overlap
+from ..arena import assign_homes, overlap
 
 LATENCY = 10e-6  # seconds that each copy takes besides its bytes
 _CYCLES = 64  # played at most; nearly all settle within five

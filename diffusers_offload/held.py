@@ -173,6 +173,8 @@ class Held:
         """Let others of its units stay, if a timed forward has shown that this is faster."""
         before = self.target
         timed = self.engine.keeping.spreads.take(self.component)
+        if any(handle.limits.host is not None for handle in self.owners):  # the host may get more to hold
+            return
         better = before.respread(self.component, timed) if timed is not None else None
         if better is None:
             return

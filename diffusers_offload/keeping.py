@@ -148,7 +148,7 @@ class Keeping:
 
     def forget(self, component: Component) -> None:
         """The component is here no longer."""
-        self.spreads.take(component)
+        self.spreads.forget(component)
         if self.budget is not None:
             self.budget.forget(component)
 

@@ -74,7 +74,7 @@ class Roster:
         self._transfers.packed.refuse_edits(before.streamed)
         staying = set(after.units)
         origin = {}
-        home = next((unit.weights.origin[0] for unit in before.units), None)  # also of what has come since
+        usual = next((unit.weights.origin[0] for unit in before.units), None)  # also of what has come since
         for unit in before.units:
             if unit not in staying:
                 pairs = zip(unit.weights.tensors, unit.weights.origin, strict=True)
@@ -84,23 +84,32 @@ class Roster:
                 ):  # they look at their file, and may go on doing so
                     continue
                 # By way of the host: where they came from may have no room for all of them.
-                unit.weights.origin = [torch.device("cpu")] * len(unit.weights.tensors)
-                self._transfers.give_back(unit)
+                home, unit.weights.origin = (
+                    unit.weights.origin,
+                    [torch.device("cpu")] * len(unit.weights.tensors),
+                )
+                unit.state = State.OFFLOADED
+                try:
+                    self._transfers.give_back(unit)
+                finally:
+                    unit.weights.origin = home
+        self.streams.empty_cache()  # what comes may be of other sizes
         self.components[self.components.index(before)] = after
         if before.on_disk:
             self._transfers.disk.pass_on(before, after)
         for other in self.components:
             other.needs = [after if each is before else each for each in other.needs]
         fresh = [unit for unit in after.units if unit.component is not before]
-        for unit in fresh:  # laid out for the bytes that their tensors had before
-            unit.weights = renewed(unit.weights)
+        for unit in fresh:
+            unit.weights = weights = renewed(
+                unit.weights
+            )  # laid out for the bytes that the tensors had before
+            pairs = zip(weights.tensors, weights.origin, strict=True)
+            weights.origin = [origin.get(id(tensor), usual or where) for tensor, where in pairs]
         for _ in self._take_in(after, fresh):
             pass
         for unit in after.units:
             unit.component = after
-        for weights in (unit.weights for unit in fresh):
-            pairs = zip(weights.tensors, weights.origin, strict=True)
-            weights.origin = [origin.get(id(tensor), home or where) for tensor, where in pairs]
         self._forget(before)
         self.open_arena()
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import slab
-from .component import Component, Unit
+from .component import Component, State, Unit
 from .packing import expected_nbytes, unpacks_fast
 from .planning import planner
 from .planning.planner import ComponentPlan, Plan, UnitSize
@@ -193,7 +193,7 @@ def _by_contents(component: Component) -> dict[tuple, Unit]:
         (role, unit.modules, unit.opener, unit.floats, tuple(map(id, unit.weights.tensors))): unit
         for role, units in roles.items()
         for unit in units
-        if unit.weights.is_undisturbed() and (role == "resident" or unit.weights.host is not None)
+        if unit.weights.is_undisturbed() and (unit.state is State.RESIDENT or unit.weights.host is not None)
     }
 
 

@@ -198,3 +198,7 @@ def test_slots_and_what_is_kept_share_the_limit(sizes, limit, slots):
         assert shares.slots == 0 and shares.capacity == sum(sizes)
     else:
         assert 1 <= shares.slots <= slots and shares.slot_bytes == max(sizes)
+
+
+def test_where_nothing_is_on_disk_nothing_is_shared_out():
+    assert share_out(0, [], staging=4096).nbytes == 0

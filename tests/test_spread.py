@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from diffusers_offload.arena import capacity_for
 from diffusers_offload.planning.planner import choose_residents
@@ -83,10 +85,31 @@ def test_blocks_of_two_kinds_are_kept_by_what_they_compute(ratio):
 
     total = sum(full.sizes)
     assert total - sum(full.sizes[number] for number in found) <= ratio * total
-    assert sum(full.sizes[number] for number in found) <= (1 - ratio) * total + 2 * max(full.sizes)
+    assert sum(full.sizes[number] for number in found) <= sum(full.sizes[number] for number in stay)
     floor = max(full.seconds, ratio * total / RATE)
     assert step(found) < floor * 1.03
     assert step(found) < step(stay) * 0.98
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kinds=st.lists(st.tuples(st.integers(1, 900), st.floats(1e-4, 2e-2)), min_size=1, max_size=3),
+    picks=st.lists(st.integers(0, 2), min_size=4, max_size=30),
+    ratio=st.floats(0.05, 0.95),
+)
+def test_no_choice_takes_more_memory_or_streams_more_than_was_asked_for(kinds, picks, ratio):
+    blocks = [kinds[pick % len(kinds)] for pick in picks]
+    full = Work(tuple(size * MIB for size, _ in blocks), tuple(s for _, s in blocks), (2e-5,) * len(blocks))
+    stay = choose_residents(full.sizes, ratio)
+    assume(0 < len(stay) < len(blocks))
+    found, _, capacity = better(full, ratio, [Unit(size) for size in full.sizes])
+    if found is None:
+        return
+    kept = sum(full.sizes[number] for number in found)
+    assert kept <= sum(full.sizes[number] for number in stay)
+    assert sum(full.sizes) - kept <= ratio * sum(full.sizes) * (1 + 1e-12)
+    streams = [size for number, size in enumerate(full.sizes) if number not in found]
+    assert streams and capacity_for(streams) <= capacity
 
 
 def test_equal_blocks_stay_as_they_are():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import torch
 from accelerate.hooks import SequentialHook
 from torch import nn
@@ -58,8 +60,8 @@ def _why_not(part: nn.Module, is_root: bool) -> str | None:
 def _runs_its_own_forward(part: nn.Module) -> bool:
     """Whether nothing but our hooks lies between a call and the forward of the module's class."""
     forward = part.__dict__.get("forward")
-    if forward is None:
-        return True
+    if forward is None or forward == MethodType(type(part).forward, part):
+        return True  # accelerate leaves the method there when it takes a hook off
     if getattr(getattr(forward, "func", None), "__module__", "") != "accelerate.hooks":
         return False
     forward = part.__dict__.get("_old_forward")

@@ -8,12 +8,13 @@ before the next call, once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from ..arena import LOOKAHEAD
+from ..arena import LOOKAHEAD, capacity_for
 from .selection import choose_stay
 from .stopwatch import Stopwatch
 from .timeline import Copying, Work, place, simulate
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..streams import Streams
 
 _WORTH = 0.02  # of a step: what another choice must gain to be worth moving weights for
+_REPAIRS = 128  # choices tried at most where the best one has not the bytes that are asked for
 
 
 @dataclass(frozen=True)
@@ -83,36 +85,75 @@ class Spreads:
         """What was timed of `component`, once."""
         return self._timed.pop(component, None)
 
+    def forget(self, component: Component) -> None:
+        """What was timed holds no longer; if nobody has taken it, another forward will be."""
+        if self._timed.pop(component, None) is not None:
+            self._done.discard(component.module)
+
 
 def better_residents(timed: Timed, units: Sequence[Unit], ratio: float) -> frozenset[int] | None:
     """Which of `units` had better stay, by index; None if the ones that do are as good, or nobody can tell.
+
+    They take no more bytes than those that stay now, nor do the others need a larger arena.
 
     Args:
         units: those that stay and those that stream, in declared order.
         ratio: share of their bytes that may stream.
     """
-    sizes = tuple(unit.nbytes for unit in units)
     index = {unit: number for number, unit in enumerate(units)}
     if any(unit not in index for unit in timed.streamed):
         return None
-    numbers = [index[unit] for unit in timed.streamed]
-    work = with_residents(timed.work, numbers, sizes)
-    if work is None:
+    streaming = {index[unit] for unit in timed.streamed}
+    floats, largest = timed.streamed[0].floats, max(unit.nbytes for unit in timed.streamed)
+    # One that is larger than all that stream would need a larger arena: it stays, and its time is in the gaps.
+    free = [number for number, unit in enumerate(units) if floats or unit.nbytes <= largest]
+    sizes = tuple(units[number].nbytes for number in free)
+    now = frozenset(at for at, number in enumerate(free) if number not in streaming)
+    work = with_residents(timed.work, [free.index(index[unit]) for unit in timed.streamed], sizes)
+    if work is None or not now:
         return None
-    floats = timed.streamed[0].floats
     copying = Copying(timed.rate, lookahead=LOOKAHEAD if floats else None)
 
     def step(stay: Collection[int]) -> float:
         homes = () if floats else place(work, stay, timed.capacity)
         return simulate(work, stay, homes, copying).step
 
-    now = frozenset(range(len(units))) - set(numbers)
-    stay = set(choose_stay(work, sum(sizes[unit] for unit in now), timed.capacity, copying))
-    for unit in sorted(set(range(len(units))) - stay, key=lambda unit: sizes[unit]):
-        if sum(sizes) - sum(sizes[each] for each in stay) <= ratio * sum(sizes):
-            break
-        stay.add(unit)
-    return frozenset(stay) if step(stay) < step(now) * (1 - _WORTH) else None
+    def fits(stay: Collection[int]) -> bool:
+        left = [size for at, size in enumerate(sizes) if at not in stay]
+        return bool(left) and (floats or capacity_for(left) <= timed.capacity)
+
+    room = _sum(sizes, now)
+    least = min(room, sum(sizes) - ratio * sum(unit.nbytes for unit in units))  # weights may have come since
+    found = choose_stay(work, room, timed.capacity, copying)
+    choices = filter(fits, islice(_between(found, sizes, least, room), _REPAIRS))
+    best = min(choices, key=step, default=now)
+    if step(best) >= step(now) * (1 - _WORTH):
+        return None
+    larger = set(range(len(units))) - set(free)
+    return frozenset(larger | {free[at] for at in best})
+
+
+def _between(stay: frozenset[int], sizes: Sequence[int], least: float, room: int) -> Iterator[frozenset[int]]:
+    """`stay`, or what is like it and has `least` to `room` bytes: with one unit less, and others in its place."""
+    if least <= _sum(sizes, stay) <= room:
+        yield stay
+        return
+    others = [at for at in range(len(sizes)) if at not in stay]
+    for gone in (None, *sorted(stay)):
+        rest = stay - {gone}
+        near = sorted(others, key=lambda at, gone=gone: abs(at - (gone or 0)))
+        for order in (near, sorted(near, key=lambda at: sizes[at])):
+            chosen, left = set(rest), room - _sum(sizes, rest)
+            for at in order:
+                if sizes[at] <= left:
+                    chosen.add(at)
+                    left -= sizes[at]
+            if room - left >= least:
+                yield frozenset(chosen)
+
+
+def _sum(sizes: Sequence[int], units: Collection[int]) -> int:
+    return sum(sizes[at] for at in units)
 
 
 def with_residents(work: Work, numbers: Sequence[int], sizes: Sequence[int]) -> Work | None:

@@ -213,7 +213,7 @@ def share_out(limit: int, sizes: Sequence[int], slots: int = 3, staging: int = 0
     """
     total, largest = sum(sizes), max(sizes, default=0)
     room = limit - staging
-    if total <= room:
+    if not sizes or total <= room:
         return Shares(total, 0, 0)
     slots = min(slots, room // largest)
     if slots < 1:

@@ -12,9 +12,7 @@ from torch import nn
 
 import diffusers_offload
 from diffusers_offload import held
-from diffusers_offload.handle import held_policy
 from diffusers_offload.tiers import packed
-from integrations.mindie_sd import enable_offload
 
 from .device import THE
 
@@ -196,95 +194,6 @@ def test_new_inputs_are_planned_for_as_if_they_were_the_first(rows):
         handle.disable()
     assert kept[0] > weights // 4
     assert kept[0] == kept[1]
-
-
-class Again(nn.Module):
-    """Computes with the same weights again and again."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(1024, 1024), nn.Linear(1024, 1024)
-
-    def forward(self, x):
-        for _ in range(2):
-            x = x + 0.01 * self.down(self.up(x))
-        return x
-
-
-def uneven_net():
-    """Blocks of 16 MiB that compute little, then some of 8 MiB that compute more; and what goes in."""
-    net, x = large_net(8)
-    net.blocks.extend(Again() for _ in range(12))
-    return net.eval().requires_grad_(False), x
-
-
-def steps_in_calls(handle, net, x, calls):
-    """What each of some calls gives, four steps in each."""
-    found = []
-    for _ in range(calls):
-        with handle.calling():
-            found += [net(x).cpu() for _ in range(4)]
-    return found
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_share_stays_by_what_its_units_compute(fails, monkeypatch):
-    """From the second call on: the large blocks, which compute little, are what the bus is waited for."""
-    net, x = uneven_net()
-    expected = net.to(DEVICE)(x).cpu()
-    values = {name: tensor.cpu() for name, tensor in net.to("cpu").state_dict().items()}
-    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=0.75)
-    engine = handle._engine
-    (before,) = engine.components
-    assert all(torch.equal(found, expected) for found in steps_in_calls(handle, net, x, 1))
-    failures = [MemoryError("no more")] if fails else []
-    exchange = engine.roster.exchange
-
-    def exchanged(*args):
-        exchange(*args)
-        if failures:
-            raise failures.pop()
-
-    monkeypatch.setattr(engine.roster, "exchange", exchanged)
-    assert all(torch.equal(found, expected) for found in steps_in_calls(handle, net, x, 2))
-    (after,) = engine.components
-    names = [{unit.name for unit in each.residents if unit.modules} for each in (before, after)]
-    assert (names[0] == names[1]) == fails
-    total = sum(unit.nbytes for unit in (*after.residents, *after.streamed) if unit.modules)
-    assert 0.6 * total < sum(unit.nbytes for unit in after.streamed) <= 0.75 * total
-    assert sum(component.streamed_bytes for component in handle.plan.components) <= 0.75 * total
-    assert all(torch.equal(tensor.cpu(), values[name]) for name, tensor in net.state_dict().items())
-    handle.disable()
-    assert all(torch.equal(tensor, values[name]) for name, tensor in net.state_dict().items())
-
-
-def test_blocks_that_were_named_stay():
-    """MindIE-SD's call keeps the first ones, whatever they compute."""
-    net, x = uneven_net()
-    net.blocks = nn.ModuleList([*net.blocks[8:], *net.blocks[:8]])
-    enable_offload(net, net.blocks, 9)
-    handle, _ = held_policy(net)
-    steps_in_calls(handle, net, x, 2)
-    (component,) = handle._engine.components
-    assert [unit.name for unit in component.residents if unit.modules] == [f"blocks.{i}" for i in range(9)]
-    handle.disable()
-
-
-def test_a_better_spread_is_faster():
-    net, x = uneven_net()
-    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=0.75)
-    compute, steps = handle._engine.streams.compute, []
-    for _ in range(3):
-        with handle.calling():
-            net(x), net(x)
-            torch.npu.synchronize()
-            begin = compute.time
-            net(x), net(x)
-            torch.npu.synchronize()
-            steps.append(compute.time - begin)
-    assert steps[1] < steps[0] * 0.97
-    assert steps[2] == pytest.approx(steps[1])  # once
-    handle.disable()
 
 
 def test_what_waits_for_the_bus_is_packed_before_the_next_call(monkeypatch):

@@ -37,7 +37,7 @@ _HOME = {
     "OffloadConfig": "lightx2v",
     "OffloadHandle": "handle",
     "OffloadPolicy": "policy",
-    "Plan": "planner",
+    "Plan": "planning.planner",
     "Report": "report",
     "convert": "saved.conversion",
     "enable_block_offload": "pipeline",

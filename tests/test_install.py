@@ -5,9 +5,17 @@ import sys
 
 import pytest
 
+import diffusers_offload
+
 
 def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_everything_that_is_public_is_there():
+    assert set(diffusers_offload._HOME) | {"install", "uninstall"} == set(diffusers_offload.__all__)
+    for name in diffusers_offload.__all__:
+        assert getattr(diffusers_offload, name).__module__.startswith("diffusers_offload"), name
 
 
 def test_importing_loads_nothing_heavy():

@@ -190,6 +190,18 @@ def test_pieces_fit_their_slot_and_follow_each_other():
     assert packed_nbytes(packed.pieces) == len(packed.bytes)
 
 
+@pytest.mark.parametrize("slots", [1, 1.2, 2.6])
+def test_a_large_tensor_comes_in_few_pieces_of_one_size(slots):
+    """None of them is a small rest, which would cost as much to start."""
+    elements = 40 * BLOCK
+    (whole,) = round_trip([weights(elements, torch.bfloat16)], slot=2**20).pieces
+    slot = max(int(whole.nbytes / slots), 64 * 1024)
+    pieces = round_trip([weights(elements, torch.bfloat16)], slot=slot).pieces
+    assert len(pieces) == -(-whole.nbytes // slot)
+    sizes = [piece.nbytes for piece in pieces]
+    assert max(sizes) <= slot and min(sizes) > 0.8 * max(sizes)
+
+
 def test_each_piece_is_unpacked_on_its_own():
     slab, layout = slab_of(mixed_unit())
     packed = pack(slab, layout, SLOT, smallest=0)

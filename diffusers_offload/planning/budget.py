@@ -17,7 +17,7 @@ from ..report import Prediction
 from .planner import choose_kept, estimate_activations
 from .selection import choose_stay
 from .stopwatch import Stopwatch
-from .timeline import Copying, Forecast, Work, place, simulate
+from .timeline import Copying, Forecast, Work, forecast
 
 if TYPE_CHECKING:
     from ..component import Component, Unit
@@ -267,14 +267,13 @@ def _best(component: Component, room: int, known: _Known) -> tuple[Choice, Forec
             break
         stay = choose_stay(work, room - slack, base + slack, copying)
         choice = Choice(frozenset(units[i] for i in stay), slack)
-        forecast = _forecast(component, choice, work, copying)
-        if best is None or forecast.step < best[1].step * (1 - _BETTER):  # a smaller arena, unless it costs
-            best = choice, forecast
+        found = _forecast(component, choice, work, copying)
+        if best is None or found.step < best[1].step * (1 - _BETTER):  # a smaller arena, unless it costs
+            best = choice, found
     return best
 
 
 def _forecast(component: Component, choice: Choice, work: Work, copying: Copying) -> Forecast:
     stay = [i for i, unit in enumerate(component.streamed) if unit in choice.kept]
     capacity = capacity_for([unit.nbytes for unit in component.homed]) + choice.slack
-    homes = place(work, stay, capacity) if copying.lookahead is None else []
-    return simulate(work, stay, homes, copying)
+    return forecast(work, stay, capacity, copying)

@@ -117,13 +117,13 @@ def _spreads(work: Work, room: int, read: Collection[int]) -> Iterator[set[int]]
     slowest = [unit for unit in order if unit in read]
     for phase in (0.0, 0.5) if slowest else ():
         spread = _spread(work, slowest, min(room, sum(sizes[unit] for unit in slowest)), sizes, phase)
-        yield _fill(work, room, spread, [*slowest, *order])
+        yield fill(work.sizes, room, spread, [*slowest, *order])
     for phase in (0.0, 0.5, 0.25, 0.75):
         for units in (order, order[::-1]):
             for pace in (sizes, seconds):
-                yield _fill(work, room, _spread(work, units, room, pace, phase), order)
+                yield fill(work.sizes, room, _spread(work, units, room, pace, phase), order)
     for units in (sorted(order, key=lambda unit: seconds[unit] / max(1, sizes[unit])), order, order[::-1]):
-        yield _fill(work, room, (), units)
+        yield fill(work.sizes, room, (), units)
     # Of one class of equal units more, of the others less than their share.
     for kind in _classes(work)[:4]:
         rest = [unit for unit in order if unit not in set(kind)]
@@ -131,7 +131,7 @@ def _spreads(work: Work, room: int, read: Collection[int]) -> Iterator[set[int]]
         for eighths in range(9) if rest else ():
             chosen = _spread(work, kind, most * eighths // 8, sizes)
             chosen |= _spread(work, rest, room - sum(sizes[unit] for unit in chosen), sizes)
-            yield _fill(work, room, chosen, order)
+            yield fill(work.sizes, room, chosen, order)
 
 
 def _exchange(trials: _Trials) -> None:
@@ -154,13 +154,13 @@ def _exchanges(work: Work, room: int, stay: frozenset[int], near: Sequence[int])
     """`stay` with the first of `near` changed: it comes in place of its nearest, or it goes."""
     unit, *others = near
     if unit not in stay:
-        yield _fill(work, room, (), [unit, *(other for other in reversed(others) if other in stay)])
+        yield fill(work.sizes, room, (), [unit, *(other for other in reversed(others) if other in stay)])
         return
     rest = stay - {unit}
     yield set(rest)
     for other in others[:4]:
         if other not in stay:
-            yield _fill(work, room, rest, [other, *others])
+            yield fill(work.sizes, room, rest, [other, *others])
 
 
 def _spread(
@@ -182,14 +182,14 @@ def _spread(
     return {units[at] for at in keep_pace(sizes, targets)}
 
 
-def _fill(work: Work, room: int, stay: Iterable[int], more: Iterable[int]) -> set[int]:
+def fill(sizes: Sequence[int], room: int, stay: Iterable[int], more: Iterable[int]) -> set[int]:
     """`stay`, and of `more` what fits in beside them, the first first."""
     kept = set(stay)
-    left = room - sum(work.sizes[unit] for unit in kept)
+    left = room - sum(sizes[unit] for unit in kept)
     for unit in more:
-        if unit not in kept and work.sizes[unit] <= left:
+        if unit not in kept and sizes[unit] <= left:
             kept.add(unit)
-            left -= work.sizes[unit]
+            left -= sizes[unit]
     return kept
 
 

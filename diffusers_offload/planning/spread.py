@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from ..arena import LOOKAHEAD, capacity_for
-from .selection import choose_stay
+from .selection import choose_stay, fill
 from .stopwatch import Stopwatch
-from .timeline import Copying, Work, place, simulate
+from .timeline import Copying, Work, forecast
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,8 +115,7 @@ def better_residents(timed: Timed, units: Sequence[Unit], ratio: float) -> froze
     copying = Copying(timed.rate, lookahead=LOOKAHEAD if floats else None)
 
     def step(stay: Collection[int]) -> float:
-        homes = () if floats else place(work, stay, timed.capacity)
-        return simulate(work, stay, homes, copying).step
+        return forecast(work, stay, timed.capacity, copying).step
 
     def fits(stay: Collection[int]) -> bool:
         left = [size for at, size in enumerate(sizes) if at not in stay]
@@ -143,13 +142,9 @@ def _between(stay: frozenset[int], sizes: Sequence[int], least: float, room: int
         rest = stay - {gone}
         near = sorted(others, key=lambda at, gone=gone: abs(at - (gone or 0)))
         for order in (near, sorted(near, key=lambda at: sizes[at])):
-            chosen, left = set(rest), room - _sum(sizes, rest)
-            for at in order:
-                if sizes[at] <= left:
-                    chosen.add(at)
-                    left -= sizes[at]
-            if room - left >= least:
-                yield frozenset(chosen)
+            chosen = frozenset(fill(sizes, room, rest, order))
+            if _sum(sizes, chosen) >= least:
+                yield chosen
 
 
 def _sum(sizes: Sequence[int], units: Collection[int]) -> int:

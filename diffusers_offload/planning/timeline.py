@@ -112,6 +112,12 @@ def simulate(work: Work, stay: Collection[int], homes: Sequence[int], copying: C
     return _play(work, waits, copying.read_in(work, stay), copying)
 
 
+def forecast(work: Work, stay: Collection[int], capacity: int, copying: Copying) -> Forecast:
+    """The same in an arena of `capacity` bytes, which is ignored where units have no homes."""
+    homes = place(work, stay, capacity) if copying.lookahead is None else ()
+    return simulate(work, stay, homes, copying)
+
+
 def place(work: Work, stay: Collection[int], capacity: int) -> list[int]:
     """Homes for `work.streamed(stay)` in an arena of `capacity` bytes."""
     return assign_homes([work.sizes[unit] for unit in work.streamed(stay)], capacity)

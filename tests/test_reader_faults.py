@@ -5,6 +5,7 @@ import errno
 import gc
 import os
 import random
+import re
 import threading
 import time
 import weakref
@@ -186,14 +187,9 @@ def test_a_disk_that_does_not_answer_ends_in_a_diagnosis(tmp_path):
             read.wait()
         assert 0.2 <= time.monotonic() - began < 5
         text = str(caught.value)
-        for part in (
-            "slow.unit",
-            "disk worker 1 (alive) reading bytes",
-            "disk worker 2",
-            "queued.unit",
-            "distance 7",
-        ):
+        for part in ("slow.unit", "queued.unit", "distance 7"):
             assert part in text
+        assert re.search(r"disk worker \d \(alive\) reading bytes", text)  # whichever came first
         assert not read.settled
         gate.let()
         read.wait()

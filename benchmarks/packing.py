@@ -161,15 +161,14 @@ def _rate(run: Callable[[], object], nbytes: int, repeats: int, device: torch.de
 
 
 def _unpack_all(packed: Packed, destination: torch.Tensor) -> None:
-    for piece in packed.pieces:
-        unpack(piece, packed.bytes[piece.source : piece.source + piece.nbytes], destination)
+    unpack(packed.pieces, packed.bytes, destination)
 
 
 def _decode_all(packed: Packed, destination: torch.Tensor) -> None:
     for piece in packed.pieces:
         staged = packed.bytes[piece.source : piece.source + piece.nbytes]
         if piece.format is None:
-            unpack(piece, staged, destination)
+            unpack([piece], staged, destination)
         else:
             by_torch(piece, staged, destination[piece.start : piece.stop])
 
@@ -198,9 +197,7 @@ def _loading(
                 copied[turn % 2].record()
             with torch.cuda.stream(unpacking):
                 copied[turn % 2].wait()
-                for piece in pieces:
-                    at = piece.source - start
-                    unpack(piece, staged[at : at + piece.nbytes], destination)
+                unpack(pieces, staged, destination)
                 free[turn % 2].record()
         caller.wait_stream(unpacking)
 

@@ -50,7 +50,7 @@ def unpacked(packed: Packed) -> torch.Tensor:
     room = torch.full((packed.nbytes_raw + 1024,), UNTOUCHED, dtype=torch.uint8, device=packed.bytes.device)
     destination = room[512 : 512 + packed.nbytes_raw]
     for piece in packed.pieces:
-        unpack(piece, packed.bytes[piece.source : piece.source + piece.nbytes], destination)
+        unpack([piece], packed.bytes[piece.source : piece.source + piece.nbytes], destination)
     assert (room[:512] == UNTOUCHED).all() and (room[512 + packed.nbytes_raw :] == UNTOUCHED).all()
     return destination
 

@@ -208,10 +208,37 @@ def test_each_piece_is_unpacked_on_its_own():
     for piece in packed.pieces:
         destination = torch.full_like(slab, UNTOUCHED)
         staged = packed.bytes[piece.source : piece.source + piece.nbytes].clone()
-        unpack(piece, staged, destination)
+        unpack([piece], staged, destination)
         assert (destination[: piece.start] == UNTOUCHED).all() and (
             destination[piece.stop :] == UNTOUCHED
         ).all()
+
+
+def test_pieces_are_unpacked_from_where_the_first_one_begins():
+    slab, layout = slab_of(mixed_unit())
+    packed = pack(slab, layout, SLOT, smallest=0)
+    pieces = packed.pieces[2:-1]
+    destination = torch.full_like(slab, UNTOUCHED)
+    unpack(pieces, packed.bytes[pieces[0].source :].clone(), destination)
+    expected = torch.full_like(slab, UNTOUCHED)
+    for piece in pieces:
+        unpack([piece], packed.bytes[piece.source :].clone(), expected)
+    assert (expected != UNTOUCHED).any()
+    assert torch.equal(destination, expected)
+
+
+def test_one_piece_that_does_not_fit_keeps_all_of_them_from_being_unpacked():
+    slab, layout = slab_of(mixed_unit())
+    packed = pack(slab, layout, SLOT, smallest=0)
+    for pieces, staged, room in (
+        (packed.pieces[::-1], packed.bytes, len(slab)),
+        (packed.pieces, packed.bytes[: packed.pieces[-1].source + packed.pieces[-1].nbytes - 1], len(slab)),
+        (packed.pieces, packed.bytes, packed.pieces[-1].stop - 1),
+    ):
+        destination = torch.full((room,), UNTOUCHED, dtype=torch.uint8)
+        with pytest.raises(ValueError, match="piece"):
+            unpack(pieces, staged, destination)
+        assert (destination == UNTOUCHED).all()
 
 
 def test_batches_hold_each_piece_once_and_fit_a_slot():
@@ -355,7 +382,7 @@ def test_whatever_is_accepted_lies_inside():
         for piece in pieces:
             assert 0 <= piece.start < piece.stop <= nbytes
             assert 0 <= piece.source < piece.source + piece.nbytes <= len(packed)
-            unpack(piece, packed[piece.source : piece.source + piece.nbytes], room[512:-512])
+            unpack([piece], packed[piece.source : piece.source + piece.nbytes], room[512:-512])
         assert (room[:512] == UNTOUCHED).all() and (room[-512:] == UNTOUCHED).all()
     assert accepted
 
@@ -416,7 +443,7 @@ def test_what_does_not_fit_a_piece_is_refused():
         (torch.cat([packed.bytes, packed.bytes])[::2], slab),
     ):
         with pytest.raises(ValueError):  # noqa: PT011
-            unpack(piece, staged, destination)
+            unpack([piece], staged, destination)
     for wrong in (slab[:-1], torch.cat([slab, slab])[16:], slab.view(torch.int8)):
         with pytest.raises(ValueError, match="slab"):
             pack(wrong, layout, SLOT)

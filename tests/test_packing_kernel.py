@@ -52,14 +52,14 @@ def test_the_kernel_is_used_and_takes_no_memory(name):
     packed = pack(slab, layout, SLOT, smallest=0)
     destination = torch.zeros_like(slab)
     staged = [packed.bytes[piece.source : piece.source + piece.nbytes] for piece in packed.pieces]
-    unpack(packed.pieces[0], staged[0], destination)
+    unpack(packed.pieces[:1], staged[0], destination)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for piece, each in zip(packed.pieces, staged, strict=True):
-            unpack(piece, each, destination)
+            unpack([piece], each, destination)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.max_memory_allocated(device) == before

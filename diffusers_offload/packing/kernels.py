@@ -10,6 +10,7 @@ bytes are, nothing is read or written outside.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from .piece import BLOCK, Piece
 
 _WARPS = 4  # a pair of rows, 16 elements each, for each thread
 _REGISTERS = 40  # of a thread: more blocks at a time hide more than spilling costs, a tenth on an H200
+_REMEMBERED = 16_384  # pieces, some hundred bytes each: a launch keeps the host as busy as the device
 
 
 @triton.jit
@@ -338,41 +340,36 @@ def launch(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
         staged: uint8, the piece's packed bytes.
         out: uint8, as long as what the piece holds.
     """
-    made, streams = FORMATS[piece.format], piece.streams
-    rest = (*streams.rest, 0, 0)
-    widths = (*made.fields, 0, 0)
-    blocks = -(-piece.elements // BLOCK)
+    integer, blocks, given = _arguments(piece)
     nvidia = staged.device.type == "cuda" and torch.version.hip is None
+    words = piece.format == "bf16" and out.data_ptr() % 16 == 0
     with _on(staged.device):
         _unpack[(blocks,)](
-            staged,
-            out.view(made.integer),
-            piece.elements,
-            blocks,
-            streams.nbytes,
-            piece.rare,
-            piece.spelled,
-            _word(piece.table[:COMMON]),
-            _word(piece.table[COMMON : COMMON + 4]),
-            _word(piece.table[COMMON + 4 :]),
-            *rest[:3],
-            streams.codes,
-            streams.rare,
-            streams.spelled,
-            made.exponent_bits,
-            made.mantissa_bits,
-            *widths[:3],
-            BLOCK,
-            made.name == "bf16" and out.data_ptr() % 16 == 0,
-            nvidia,
+            *(staged, out.view(integer), *given, BLOCK, words, nvidia),
             num_warps=_WARPS,
             **({"maxnreg": _REGISTERS} if nvidia else {}),
         )
 
 
+@lru_cache(_REMEMBERED)
+def _arguments(piece: Piece) -> tuple[torch.dtype, int, tuple[int, ...]]:
+    """The dtype of the elements, the number of blocks, and what the kernel is given of a piece."""
+    made, streams = FORMATS[piece.format], piece.streams
+    blocks = -(-piece.elements // BLOCK)
+    counts = (piece.elements, blocks, streams.nbytes, piece.rare, piece.spelled)
+    tables = piece.table[:COMMON], piece.table[COMMON : COMMON + 4], piece.table[COMMON + 4 :]
+    rest, widths = (*streams.rest, 0, 0)[:3], (*made.fields, 0, 0)[:3]
+    offsets = (*rest, streams.codes, streams.rare, streams.spelled)
+    bits = (made.exponent_bits, made.mantissa_bits, *widths)
+    return made.integer, blocks, (*counts, *map(_word, tables), *offsets, *bits)
+
+
 def _on(device: torch.device) -> AbstractContextManager[None]:
     """Triton launches on the current device; its interpreter knows the CPU only."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    if device.type == "cpu":
+        return nullcontext()
+    module = torch.get_device_module(device)
+    return nullcontext() if module.current_device() == device.index else module.device(device)
 
 
 def _word(exponents: tuple[int, ...]) -> int:

@@ -1,8 +1,9 @@
-"""Unpacks a piece by the fastest way that its device has: the kernel if there is one that proved itself."""
+"""Unpacks pieces by the fastest way that its device has: the kernel if there is one that proved itself."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -16,40 +17,54 @@ from .queued import decode_queued
 _KERNEL_DEVICES = ("cuda", "xpu")
 
 
-def unpack(piece: Piece, staged: torch.Tensor, destination: torch.Tensor) -> None:
-    """Write `destination[piece.start:piece.stop]`, queued on the current stream.
+def unpack(pieces: Sequence[Piece], staged: torch.Tensor, destination: torch.Tensor) -> None:
+    """Write what `pieces` hold of a slab to `destination`, queued on the current stream.
 
     With the kernel there is no allocation and no wait for the device, but for the first piece of a format,
     which compiles and tries it: `prepare` does that ahead of time.
 
     Args:
-        staged: uint8, contiguous: the piece's packed bytes from its first on, at an address that is a multiple
-            of 16 (128 is faster).
+        pieces: that lie one behind the other, in the order of the slab.
+        staged: uint8, contiguous: their packed bytes from the first one's first on, at an address that is a
+            multiple of 16 (128 is faster).
         destination: uint8, contiguous, on the same device: the slab.
 
     Raises:
-        ValueError: the tensors are no such tensors, or the piece does not fit them.
+        ValueError: the tensors are no such tensors, or the pieces do not fit them; nothing is queued then.
     """
-    nbytes = piece.nbytes
-    for tensor, needed in ((staged, nbytes), (destination, piece.stop)):
+    if not pieces:
+        return
+    first = pieces[0].source
+    _check(pieces, first, staged, destination)
+    for piece in pieces:
+        at, out = piece.source - first, destination[piece.start : piece.stop]
+        if piece.format is None:
+            out.copy_(staged[at : at + piece.nbytes], non_blocking=True)
+        elif has_kernel(staged.device, piece.format):
+            from .kernels import launch
+
+            launch(piece, staged[at:], out)
+        else:
+            by_torch(piece, staged[at:], out)
+
+
+def _check(pieces: Sequence[Piece], first: int, staged: torch.Tensor, destination: torch.Tensor) -> None:
+    needed = max(piece.source + piece.nbytes for piece in pieces) - first
+    for tensor, nbytes in ((staged, needed), (destination, max(piece.stop for piece in pieces))):
         if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
             raise ValueError("packed bytes and slabs are contiguous uint8 tensors with one dimension")
-        if len(tensor) < needed:
-            raise ValueError(f"a piece needs {needed} bytes where there are {len(tensor)}")
+        if tensor.numel() < nbytes:
+            raise ValueError(f"pieces need {nbytes} bytes where there are {tensor.numel()}")
     if staged.device != destination.device:
         raise ValueError(f"packed bytes are on {staged.device}, the slab on {destination.device}")
-    out = destination[piece.start : piece.stop]
-    if piece.format is None:
-        out.copy_(staged[:nbytes], non_blocking=True)
-        return
-    if staged.data_ptr() % 16 or out.data_ptr() % FORMATS[piece.format].itemsize:
-        raise ValueError("packed bytes or the slab are not aligned")
-    if has_kernel(staged.device, piece.format):
-        from .kernels import launch
-
-        launch(piece, staged, out)
-    else:
-        by_torch(piece, staged, out)
+    source, target = staged.data_ptr() - first, destination.data_ptr()
+    for piece in pieces:
+        if piece.source < first:
+            raise ValueError("pieces are in the order of their packed bytes")
+        if piece.format is None:
+            continue
+        if (source + piece.source) % 16 or (target + piece.start) % FORMATS[piece.format].itemsize:
+            raise ValueError("packed bytes or the slab are not aligned")
 
 
 def by_torch(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:

@@ -120,8 +120,7 @@ def _pack(buffer: torch.Tensor, layout: Layout) -> Packed | None:
 
 def unpack_all(pieces: Sequence[Piece], source: torch.Tensor, destination: torch.Tensor) -> None:
     """Unpack a whole slab from its packed bytes, on the host."""
-    for piece in pieces:
-        unpack(piece, source[piece.source :], destination)
+    unpack(pieces, source[pieces[0].source if pieces else 0 :], destination)
 
 
 def ring_bytes(units: Iterable[int]) -> int:
@@ -241,26 +240,21 @@ class PackedTier:
             unpack_all(source.pieces, source.bytes, destination)
             return streams.load
         self._open_ring(source)
-        for at in range(0, len(source.batches), SLOTS):  # by rings, so that streams are switched less often
+        for at in range(0, len(source.copies), SLOTS):  # by rings, so that streams are switched less often
             slots = self._ring[self._turn :] + self._ring[: self._turn]
-            turns = list(zip(slots, source.batches[at : at + SLOTS], strict=False))
+            turns = list(zip(slots, source.copies[at : at + SLOTS], strict=False))
             self._turn = (self._turn + len(turns)) % SLOTS
-            for slot, batch in turns:
-                start, stop = source.range_of(batch)
+            for slot, (packed, _) in turns:
                 if slot.used:
                     streams.load.wait_event(slot.unpacked)
                 slot.used = True
-                self._pinned.load(
-                    HostMemory(source.bytes[start:stop], source.pinned), slot.memory[: stop - start]
-                )
+                self._pinned.load(packed, slot.memory[: packed.bytes.numel()])
                 slot.copied.record(streams.load)
             with _on(streams, streams.unpack, streams.load):
-                for slot, batch in turns:
+                for slot, (_, pieces) in turns:
                     streams.unpack.wait_event(slot.copied)
                     with self._counters.timed_unpacking(streams.unpack):
-                        start, _ = source.range_of(batch)
-                        for piece in source.pieces[slice(*batch)]:
-                            unpack(piece, slot.memory[piece.source - start :], destination)
+                        unpack(pieces, slot.memory, destination)
                         slot.unpacked.record(streams.unpack)
         return streams.unpack
 

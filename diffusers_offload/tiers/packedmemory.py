@@ -39,15 +39,18 @@ class PackedMemory(HostMemory):
                 (found[index],) = slab.views(Layout((there,), (), 0), self.bytes)
         return found
 
-    def range_of(self, batch: tuple[int, int]) -> tuple[int, int]:
-        """Where among the bytes a batch begins and ends."""
-        first, last = self.pieces[batch[0]], self.pieces[batch[1] - 1]
-        return first.source, last.source + last.nbytes
+    @cached_property
+    def copies(self) -> tuple[tuple[HostMemory, tuple[Piece, ...]], ...]:
+        """What is copied at once, and the pieces that lie there."""
+        batches = [self.pieces[first:last] for first, last in self.batches]
+        ends = [(pieces[0].source, pieces[-1].source + pieces[-1].nbytes) for pieces in batches]
+        packed = [HostMemory(self.bytes[start:stop], self.pinned) for start, stop in ends]
+        return tuple(zip(packed, batches, strict=True))
 
     @cached_property
     def largest_batch(self) -> int:
         """Bytes of the longest copy."""
-        return max((stop - start for start, stop in map(self.range_of, self.batches)), default=0)
+        return max((packed.bytes.numel() for packed, _ in self.copies), default=0)
 
     def checked(self) -> PackedMemory:
         """The same bytes, of which it is known that they are those that were packed."""

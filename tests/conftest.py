@@ -43,6 +43,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no accelerator here"))
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: each collection after a test need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def deterministic():
     torch.use_deterministic_algorithms(True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..slab import ALIGNMENT, Layout, align
+from ..slab import ALIGNMENT, Layout
 from . import cutting
 from .cutting import Run
 from .formats import COMMON, FORMATS, SPELLED, Format, choose_table, symbols
@@ -163,30 +163,30 @@ def _encode(slab: torch.Tensor, piece: Piece, out: torch.Tensor) -> None:
     made, streams = FORMATS[piece.format], piece.streams
     elements = slab[piece.start : piece.stop].view(made.integer)
     places = _places(piece.table, made, slab.device)
-    rare_codes = torch.zeros(align(piece.rare, 8), dtype=torch.uint8, device=slab.device)
-    rare = spelled = 0
-    counts = []
+    found, bytes_ = torch.empty(2, len(elements), dtype=torch.uint8, device=slab.device)
     for first in range(0, len(elements), _CHUNK):
-        chunk = elements[first : first + _CHUNK].to(torch.int32)
+        last = first + _CHUNK
+        chunk = elements[first:last].to(torch.int32)
         exponents = _exponents(chunk, made)
-        found = places.index_select(0, exponents)
+        bytes_[first:last] = exponents
+        torch.index_select(places, 0, exponents, out=found[first:last])
         _write_rest(chunk, made, streams.rest, first, out)
-        _write(out, streams.codes, found.clamp(max=COMMON), 2, first)
-        escaped = found >= COMMON
-        unnamed = found == SPELLED
-        codes = found[escaped] - COMMON
-        rare_codes[rare : rare + len(codes)] = codes
-        bytes_ = exponents[unnamed].to(torch.uint8)
-        at = streams.spelled + spelled
-        out[at : at + len(bytes_)] = bytes_
-        rare, spelled = rare + len(codes), spelled + len(bytes_)
-        pad = -len(found) % BLOCK
-        masks = torch.nn.functional.pad(torch.stack([escaped, unnamed]), (0, pad))
-        counts.append(masks.view(2, -1, BLOCK).sum(dim=2, dtype=torch.int32))
-    per_block = torch.cat(counts, dim=1)
+        _write(out, streams.codes, found[first:last].clamp(max=COMMON), 2, first)
+    # To select is to wait for the device, so it is done once for the piece, not for each chunk.
+    escaped, unnamed = found >= COMMON, found == SPELLED
+    _put(out, streams.spelled, bytes_[unnamed])
+    rare = torch.nn.functional.pad(found[escaped] - COMMON, (0, -piece.rare % 8))
+    _write_rare(out, streams.rare, rare)
+    per_block = torch.stack([_per_block(escaped), _per_block(unnamed)])
     starts = (per_block.cumsum(dim=1) - per_block).to(torch.int32)
     _put(out, streams.starts, starts.view(-1).view(torch.uint8))
-    _write_rare(out, streams.rare, rare_codes)
+
+
+def _per_block(mask: torch.Tensor) -> torch.Tensor:
+    """How many elements of each block are set: int32."""
+    if len(mask) % BLOCK:
+        mask = torch.nn.functional.pad(mask, (0, -len(mask) % BLOCK))
+    return mask.view(-1, BLOCK).sum(dim=1, dtype=torch.int32)
 
 
 def _write_rest(

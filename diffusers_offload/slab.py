@@ -8,6 +8,7 @@ their strides and their aliasing. Regions start at multiples of `ALIGNMENT` in t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -134,20 +135,26 @@ def _region_holding(span: Span, regions: Sequence[Region]) -> Region | None:
     return None
 
 
+def plain_tensors() -> AbstractContextManager[object]:
+    """Tensors made within are plain ones even under `torch.inference_mode()`: they are used again outside.
+
+    To leave that mode where it is not on takes time all the same, and this is done for each unit that is loaded.
+    """
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
 def views(layout: Layout, buffer: torch.Tensor) -> list[torch.Tensor]:
     """The tensors of `layout` as views of `buffer` (uint8, at least `layout.nbytes` long)."""
-    return [_view(place, buffer) for place in layout.placements]
+    with plain_tensors():
+        return [_view(place, buffer) for place in layout.placements]
 
 
 def _view(place: Placement, buffer: torch.Tensor) -> torch.Tensor:
-    # Plain tensors even when enabled inside torch.inference_mode(): they are bound again and again outside.
-    with torch.inference_mode(False):
-        size = place.dtype.itemsize
-        if 0 in place.shape:
-            return torch.empty_strided(place.shape, place.stride, dtype=place.dtype, device=buffer.device)
-        typed = torch.empty(0, dtype=place.dtype, device=buffer.device)
-        offset = (buffer.storage_offset() + place.offset) // size
-        return typed.set_(buffer.untyped_storage(), offset, place.shape, place.stride)
+    if 0 in place.shape:
+        return torch.empty_strided(place.shape, place.stride, dtype=place.dtype, device=buffer.device)
+    typed = torch.empty(0, dtype=place.dtype, device=buffer.device)
+    offset = (buffer.storage_offset() + place.offset) // place.dtype.itemsize
+    return typed.set_(buffer.untyped_storage(), offset, place.shape, place.stride)
 
 
 def gather(layout: Layout, tensors: Sequence[torch.Tensor], buffer: torch.Tensor) -> None:
@@ -170,23 +177,24 @@ def separate(tensors: Sequence[torch.Tensor], devices: Sequence[torch.device]) -
     regions = arrange([span_of(tensor) for tensor in tensors])
     owned: dict[Region, torch.Tensor] = {}
     copies = []
-    for tensor, device in zip(tensors, devices, strict=True):
-        region = _region_holding(span_of(tensor), regions)
-        if region is None:
-            copies.append(
-                torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            )
-            continue
-        if region not in owned:
-            owned[region] = _bytes(tensor.untyped_storage(), region.span).to(device, copy=True)
-        offset = tensor.storage_offset() * tensor.element_size() - region.span.start
-        place = Placement(offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
-        copies.append(_view(place, owned[region]))
+    with plain_tensors():
+        for tensor, device in zip(tensors, devices, strict=True):
+            region = _region_holding(span_of(tensor), regions)
+            if region is None:
+                copies.append(
+                    torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                )
+                continue
+            if region not in owned:
+                owned[region] = _bytes(tensor.untyped_storage(), region.span).to(device, copy=True)
+            offset = tensor.storage_offset() * tensor.element_size() - region.span.start
+            place = Placement(offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
+            copies.append(_view(place, owned[region]))
     return copies
 
 
 def _bytes(storage: torch.UntypedStorage, span: Span) -> torch.Tensor:
-    with torch.inference_mode(False):
+    with plain_tensors():
         raw = torch.empty(0, dtype=torch.uint8, device=storage.device)
         return raw.set_(storage, span.start, (span.stop - span.start,), (1,))
 

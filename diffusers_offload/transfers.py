@@ -15,7 +15,7 @@ import torch
 from .component import State, Unit
 from .planning.stopwatch import Stopwatch
 from .report import Counters
-from .slab import ALIGNMENT
+from .slab import ALIGNMENT, plain_tensors
 from .streams import Streams
 from .tiers.disk import DiskTier
 from .tiers.mapped import DiskMemory, unveil
@@ -61,7 +61,7 @@ class Transfers:
         """
         before = self._streams.switch(self._streams.load)
         try:
-            with torch.inference_mode(False):
+            with plain_tensors():
                 return torch.empty(ALIGNMENT + nbytes, dtype=torch.uint8, device=self._streams.device)[
                     ALIGNMENT:
                 ]

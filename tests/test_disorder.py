@@ -315,3 +315,16 @@ def test_layers_that_a_hook_of_diffusers_skips(name, granularity, device):
 
     steps = [_real_step(inputs, number, None, 0) for number in range(3)]
     check(skipping(), steps, granularity, device=device, resident=skipping())
+
+
+@pytest.mark.parametrize("ratio", [None, 1.0], ids=["planned", "a share"])
+def test_a_forward_that_uses_only_what_another_component_owns(ratio, device):
+    """It may be timed: there is nothing of its own to tell."""
+    pipe, resident = _pair(), _pair().to(device)
+    everything, shared = [(False, range(4)), (True, range(4))], [(True, [0, 2])] * 3
+    second = "block" if ratio is None else OffloadPolicy("block", ratio=0.3)
+    pipe.enable_block_offload(
+        device=device, offload_ratio=ratio, components={"first": "block", "second": second}
+    )
+    for orders in (everything, shared, everything, shared):
+        assert torch.equal(pipe(orders), resident(orders))

@@ -75,10 +75,12 @@ class Spreads:
         watch, self._watch = self._watch, None
         if watch is None or not completed:
             return
-        self._done.add(component.module)
         watch.stop()
         read = watch.read(component.streamed)
-        if read is not None and read[1] is not None:
+        if read is None:  # it used none of them: another forward will tell
+            return
+        self._done.add(component.module)
+        if read[1] is not None:
             self._timed[component] = Timed(tuple(component.streamed), *read, capacity)
 
     def take(self, component: Component) -> Timed | None:

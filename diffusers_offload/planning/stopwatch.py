@@ -60,11 +60,11 @@ class Stopwatch:
         Args:
             units: the component's, in the order of their numbers in the `Work`.
         """
-        if self._end is None or not self._uses:
+        index = {unit: number for number, unit in enumerate(units)}
+        uses = [use for use in self._uses if use[0] in index]  # not those of another component's blocks
+        if self._end is None or not uses:
             return None
         self._streams.synchronize("the forward that was timed")
-        index = {unit: number for number, unit in enumerate(units)}
-        uses = [use for use in self._uses if use[0] in index]
         compute = tuple(starts.elapsed_time(ends) / 1e3 for _, _, starts, ends in uses)
         gaps = [max(0.0, before[3].elapsed_time(after[1]) / 1e3) for before, after in pairwise(uses)]
         around = self._begin.elapsed_time(uses[0][1]) + uses[-1][3].elapsed_time(self._end)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..streams import Streams
 
 _WORTH = 0.02  # of a step: what another choice must gain to be worth moving weights for
+_LEEWAY = 0.01  # of the bytes: so much more may stream, where blocks do not add up to the share
 _REPAIRS = 128  # choices tried at most where the best one has not the bytes that are asked for
 
 
@@ -96,7 +97,8 @@ class Spreads:
 def better_residents(timed: Timed, units: Sequence[Unit], ratio: float) -> frozenset[int] | None:
     """Which of `units` had better stay, by index; None if the ones that do are as good, or nobody can tell.
 
-    They take no more bytes than those that stay now, nor do the others need a larger arena.
+    They take no more bytes than those that stay now, nor do the others need a larger arena. A hundredth of the bytes
+    may stream besides the share.
 
     Args:
         units: those that stay and those that stream, in declared order.
@@ -124,7 +126,8 @@ def better_residents(timed: Timed, units: Sequence[Unit], ratio: float) -> froze
         return bool(left) and (floats or capacity_for(left) <= timed.capacity)
 
     room = _sum(sizes, now)
-    least = min(room, sum(sizes) - ratio * sum(unit.nbytes for unit in units))  # weights may have come since
+    may_stream = (ratio + _LEEWAY) * sum(unit.nbytes for unit in units)
+    least = min(room, sum(sizes) - may_stream)  # weights may have come since
     found = choose_stay(work, room, timed.capacity, copying)
     choices = filter(fits, islice(_between(found, sizes, least, room), _REPAIRS))
     best = min(choices, key=step, default=now)

@@ -21,7 +21,7 @@ from .piece import BLOCK, Piece
 
 _WARPS = 4  # a pair of rows, 16 elements each, for each thread
 _REGISTERS = 40  # of a thread: more blocks at a time hide more than spilling costs, a tenth on an H200
-_REMEMBERED = 16_384  # pieces, some hundred bytes each: a launch keeps the host as busy as the device
+_REMEMBERED = 8192  # pieces, a KiB each: a launch keeps the host as busy as the device
 
 
 @triton.jit

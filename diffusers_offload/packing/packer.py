@@ -163,21 +163,21 @@ def _encode(slab: torch.Tensor, piece: Piece, out: torch.Tensor) -> None:
     made, streams = FORMATS[piece.format], piece.streams
     elements = slab[piece.start : piece.stop].view(made.integer)
     places = _places(piece.table, made, slab.device)
-    found, bytes_ = torch.empty(2, len(elements), dtype=torch.uint8, device=slab.device)
+    found = torch.empty(len(elements), dtype=torch.uint8, device=slab.device)
+    counts = []
     for first in range(0, len(elements), _CHUNK):
         last = first + _CHUNK
-        chunk = elements[first:last].to(torch.int32)
-        exponents = _exponents(chunk, made)
-        bytes_[first:last] = exponents
-        torch.index_select(places, 0, exponents, out=found[first:last])
+        chunk, part = elements[first:last].to(torch.int32), found[first:last]
+        torch.index_select(places, 0, _exponents(chunk, made), out=part)
         _write_rest(chunk, made, streams.rest, first, out)
-        _write(out, streams.codes, found[first:last].clamp(max=COMMON), 2, first)
+        _write(out, streams.codes, part.clamp(max=COMMON), 2, first)
+        counts.append(torch.stack([_per_block(part >= COMMON), _per_block(part == SPELLED)]))
     # To select is to wait for the device, so it is done once for the piece, not for each chunk.
-    escaped, unnamed = found >= COMMON, found == SPELLED
-    _put(out, streams.spelled, bytes_[unnamed])
-    rare = torch.nn.functional.pad(found[escaped] - COMMON, (0, -piece.rare % 8))
-    _write_rare(out, streams.rare, rare)
-    per_block = torch.stack([_per_block(escaped), _per_block(unnamed)])
+    unnamed = elements[found == SPELLED].to(torch.int32)
+    _put(out, streams.spelled, _exponents(unnamed, made).to(torch.uint8))
+    rare = found[found >= COMMON] - COMMON
+    _write_rare(out, streams.rare, torch.nn.functional.pad(rare, (0, -piece.rare % 8)))
+    per_block = torch.cat(counts, dim=1)
     starts = (per_block.cumsum(dim=1) - per_block).to(torch.int32)
     _put(out, streams.starts, starts.view(-1).view(torch.uint8))
 

@@ -74,12 +74,16 @@ class Packer:
                 streams.load.wait_stream(streams.current())
                 with _on(streams, streams.load), torch.inference_mode(False):
                     buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=streams.device)
-                    return _pack(self._gathered(layout, sources, buffer), layout)
+                    try:
+                        self._gathered(layout, sources, buffer)
+                    finally:  # the sources' memory may go, or be reused, as soon as this returns
+                        copied = streams.event()
+                        copied.record(streams.load)
+                        streams.wait_for(copied, "weights that are packed")
+                    return _pack(buffer, layout)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-            finally:  # the sources' memory may be reused as soon as this returns
-                streams.current().wait_stream(streams.load)
         if whole is None:
             whole = self._gathered(layout, sources, map_memory(layout.nbytes)[1])
         return _pack(whole, layout)

@@ -32,6 +32,7 @@ def register() -> None:
     own.impl("convolution_overrideable", _convolve, "PrivateUse1")  # whose own kernel says: override me
     _kept.extend((fallback, own))
     torch.empty = _pinning(torch.empty)
+    torch.Tensor.is_pinned = lambda tensor: tensor.untyped_storage().data_ptr() in simulated.THE.pinned
     torch.tensor, torch.as_tensor = _by_way_of_the_host(torch.tensor), _by_way_of_the_host(torch.as_tensor)
 
 

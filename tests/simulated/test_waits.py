@@ -242,6 +242,17 @@ def too_small_to_be_packed():
     del others
 
 
+def pinned_and_looked_at_again():
+    """Weights that are not coded, whose pinned memory goes once an edit has given them other bytes."""
+    net, handle = streamed(tier="packed")
+    with handle.suspended():
+        for block in net.blocks:
+            weight = next(block.parameters())
+            weight.data = weight.data * 2
+    net(torch.randn(2, 3, odd_nets.WIDTH, device=DEVICE))
+    handle.disable()
+
+
 def packed_leaves(monkeypatch):
     monkeypatch.setattr(packed, "SMALLEST", 0)
     streamed(offload_granularity="leaf", tier="packed")[1].disable()
@@ -273,6 +284,7 @@ WORK = [
     packed_leaves,
     packed_by_itself,
     too_small_to_be_packed,
+    pinned_and_looked_at_again,
     two_stems,
     exchanged,
 ]

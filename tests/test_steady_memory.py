@@ -80,6 +80,8 @@ def only_what_is_new():
     gc.freeze()
     yield
     gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # what was imported, for the tests behind
 
 
 linux_only = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts files as Linux shows them")

@@ -78,10 +78,6 @@ def only_what_is_new():
     """Collecting and looking through what is there before takes longer than the tests."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()  # what was imported, for the tests behind
 
 
 linux_only = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts files as Linux shows them")

@@ -61,6 +61,26 @@ class DeviceStreams:
         if self._raw_stream is not None:
             with self._module.stream(self.compute):
                 self._raw_compute = self._raw_stream(device.index)
+        self._take_their_places()
+
+    def _take_their_places(self) -> None:
+        """Use each stream once, in this order.
+
+        CUDA gives a stream its place in the hardware's queues when the first kernel comes, and where `unpack` came
+        behind `compute` and `load`, copies and computing beside it were some 5 % slower, for as long as the
+        process lasted (benchmarks/results/2026-12-01-h200-streams.md).
+        """
+        number = torch.zeros(1, device=self.device)
+        before = self.current()
+        for stream in (self.load, self.unpack, self.compute, self.evict):
+            stream.wait_stream(before)
+            outside = self.switch(stream)
+            try:
+                number.add_(1)
+            finally:
+                self.restore(outside)
+            before = stream
+        self._module.synchronize(self.device)  # so that nobody has to wait for it
 
     def current(self) -> Any:
         """The stream that the caller's work on this device is queued on."""

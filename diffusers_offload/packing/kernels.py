@@ -1,10 +1,10 @@
 """Unpacks a coded piece in one launch (Triton). Imported only where a device can run it.
 
-A program decodes one block, each thread a pair of rows of 16 elements, whose codes are a word. It reads the streams
-whose place is known, counts the escapes before each row to find where its rare codes begin, and works on the bytes of
-four exponents at once. Exponents that are spelled out are few: they are written over the others at the end. Every
-position that depends on stored bytes is bounded before it is used, for the block or for the element: whatever the
-bytes are, nothing is read or written outside.
+A program decodes one block, each thread a pair of rows of 16 elements, whose codes are a word. It asks for the streams
+whose place is known, counts the escapes before each row to find where its rare codes begin, and decodes eight elements
+at once: nibbles and bytes of words, put in place by permutations. Exponents that are spelled out are few: they are
+fetched in turns before anything is written. Every position that depends on stored bytes is bounded before it is used,
+for the block or for the element: whatever the bytes are, nothing is read or written outside.
 """
 
 from __future__ import annotations
@@ -16,39 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .bitwise import bits_set, chosen, first_bytes, from_bit, nibbles, permute
 from .formats import COMMON, FORMATS
 from .piece import BLOCK, Piece
 
+SPELLED_MARK = tl.constexpr(-(1 << 24))  # ones for the last of eight rare codes
 _WARPS = 4  # a pair of rows, 16 elements each, for each thread
-_REGISTERS = 40  # of a thread: more blocks at a time hide more than spilling costs, a tenth on an H200
+_REGISTERS = 40  # of a thread: what counts is how many blocks a processor has at a time
 _REMEMBERED = 8192  # pieces, a KiB each: a launch keeps the host as busy as the device
-
-
-@triton.jit
-def _permute(low, high, selectors, ASSEMBLY: tl.constexpr):
-    """For each of the four lowest nibbles (0 to 7) of `selectors` that byte of high:low, as four bytes (int32)."""
-    if ASSEMBLY:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [low, high, selectors],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    both = (tl.cast(low, tl.int64) & 0xFFFFFFFF) | (tl.cast(high, tl.int64) << 32)
-    found = 0
-    for place in tl.static_range(4):
-        byte = (both >> (((selectors >> (4 * place)) & 7) * 8)) & 255
-        found |= byte.to(tl.int32) << (8 * place)
-    return found
-
-
-@triton.jit
-def _running(pairs):
-    """Running sums over the four bytes of a word of how many of the bits 0, 2, ... 30 are set: each a byte."""
-    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
-    return ((fours & 0x0F0F0F0F) + ((fours >> 4) & 0x0F0F0F0F)) * 0x01010101
 
 
 @triton.jit
@@ -74,25 +49,6 @@ def _numbers(source, offset, block, left, WIDTH: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def _bits_set(bits):
-    """How many bits of each int32 are set."""
-    bits -= (bits >> 1) & 0x55555555
-    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
-    return (((bits + (bits >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
-
-
-@triton.jit
-def _number(source, offset, place, wanted, WIDTH: tl.constexpr):
-    """The number at each `place` of the stream at `offset`, int32, where it is wanted."""
-    if WIDTH == 16:
-        start = (source + offset).to(tl.pointer_type(tl.int16))
-        return tl.load(start + place, mask=wanted, other=0).to(tl.int32) & 0xFFFF
-    each: tl.constexpr = 8 // WIDTH
-    byte = tl.load(source + offset + place // each, mask=wanted, other=0).to(tl.int32)
-    return (byte >> (place % each * WIDTH)) & ((1 << WIDTH) - 1)
-
-
-@triton.jit
 def _element(exponent, rest, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
     """An element's bits, int32."""
     sign = (rest << EXPONENT) & (-1 << (MANTISSA + EXPONENT))
@@ -100,72 +56,68 @@ def _element(exponent, rest, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
 
 
 @triton.jit
-def _spell_out(
-    source,
-    out,
-    first,
-    start,
-    marks,
-    at,
-    most,
-    nbytes,
-    rest0,
-    rest1,
-    rest2,
-    EXPONENT: tl.constexpr,
-    MANTISSA: tl.constexpr,
-    WIDTH0: tl.constexpr,
-    WIDTH1: tl.constexpr,
-    WIDTH2: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """Write the elements of a block whose exponents are spelled out, in each turn one of each row that has one."""
+def _spelled_out(source, at, nbytes, marks, e0, e1, e2, e3, ASSEMBLY: tl.constexpr, WHOLE: tl.constexpr):
+    """The exponents of each row with those in place that are spelled out from `at` on, in each turn one of a row.
+
+    Args:
+        marks: of each row: in each byte a bit for an even and an odd element of the first eight, then of the others.
+        e0, e1, e2, e3: four exponents each, zero where one is marked.
+    """
+    most = tl.max(tl.max(bits_set(marks, ASSEMBLY), 1), 0)
     turn = 0
     while turn < most:
         turn += 1
         wanted = marks != 0
-        place = start + _bits_set((marks & -marks) - 1)
-        marks &= marks - 1
-        read = wanted if WHOLE else wanted & (at < nbytes)
-        exponent = tl.load(source + at, mask=read, other=0).to(tl.int32)
+        exponent = tl.load(source + at, mask=wanted if WHOLE else wanted & (at < nbytes), other=0)
         at += 1
-        rest = _number(source, rest0, first + place, wanted, WIDTH0)
-        if WIDTH1 > 0:
-            rest |= _number(source, rest1, first + place, wanted, WIDTH1) << WIDTH0
-        if WIDTH2 > 0:
-            rest |= _number(source, rest2, first + place, wanted, WIDTH2) << (WIDTH0 + WIDTH1)
-        element = _element(exponent, rest, EXPONENT, MANTISSA)
-        tl.store(out + place, element.to(out.dtype.element_ty), mask=wanted)
+        later = (marks & 0x03030303) == 0
+        bits = tl.where(later, marks & 0x0C0C0C0C, marks & 0x03030303)
+        bit = bits & -bits
+        marks ^= bit
+        place = bits_set(bit - 1, ASSEMBLY)
+        first = place < 16  # of the two words of these eight elements
+        exponent = exponent.to(tl.int32) << (((place & 8) << 1) + ((place & 1) << 3))
+        e0 |= tl.where(first & ~later, exponent, 0)
+        e1 |= tl.where(~first & ~later, exponent, 0)
+        e2 |= tl.where(first & later, exponent, 0)
+        e3 |= tl.where(~first & later, exponent, 0)
+    return e0, e1, e2, e3
 
 
 @triton.jit
-def _four(codes, running, window, common, rare_low, rare_high, GROUP: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """The exponents of four elements of each row, a byte each, and a bit for each that is spelled out."""
-    code = (codes >> (8 * GROUP)) & 255
-    code = (code | (code << 4)) & 0x0F0F
-    code = (code | (code << 2)) & 0x3333
-    escape = code & (code >> 1) & 0x1111
+def _eight(even, odd, escaped, sums, bits, common, rare_low, rare_high, ASSEMBLY: tl.constexpr):
+    """The exponents of eight elements of each row, a byte each, and a byte of ones for each that is spelled out.
 
-    # The rare codes move up by a nibble for each element, of which each escape takes three bits away.
-    if GROUP > 0:
-        window = window >> (((running >> (8 * GROUP - 8)) & 255) * 3).to(tl.uint64)
-    rare = window.to(tl.int32)
-    digit = rare & 7
-    for place in tl.static_range(3):
-        rare = tl.where((escape & (1 << (4 * place))) != 0, rare << 1, rare << 4)
-        digit |= rare & (0x70 << (4 * place))
-    spelled = digit & (digit >> 1) & (digit >> 2) & escape
+    Args:
+        even, odd: for each second element a nibble in the lowest 16 bits: its code, or if that is the escape 4 and
+            its place among these four.
+        escaped: a nibble for each even element: whether it is one.
+        sums: for each pair of an even and an odd element, how many escapes they are.
+        bits: the rare codes from the first of these elements on.
 
-    # The fourth common and the eighth rare exponent are zeros, for the other table to fill.
-    exponents = _permute(common, 0, code, ASSEMBLY)
-    exponents |= _permute(rare_low, rare_high, digit | (0x7777 - 7 * escape), ASSEMBLY)
-    return exponents, ((spelled * 0x1248) >> 12) & 15
+    Returns:
+        exponents of the first four, of the other four; marks of the even, of the odd elements.
+    """
+    digits = nibbles(bits)
+    first = permute(rare_low, rare_high, digits, ASSEMBLY)
+    second = permute(rare_low, rare_high, digits >> 16, ASSEMBLY)
+    first_mark = permute(0, SPELLED_MARK, digits, ASSEMBLY)
+    second_mark = permute(0, SPELLED_MARK, digits >> 16, ASSEMBLY)
+
+    # Of eight rare exponents, each element takes the one of as many as there are escapes before it.
+    before = sums * 0x1110
+    e = permute(common, permute(first, second, before, ASSEMBLY), even, ASSEMBLY)
+    even_marks = permute(0, permute(first_mark, second_mark, before, ASSEMBLY), even, ASSEMBLY)
+    before += escaped
+    o = permute(common, permute(first, second, before, ASSEMBLY), odd, ASSEMBLY)
+    odd_marks = permute(0, permute(first_mark, second_mark, before, ASSEMBLY), odd, ASSEMBLY)
+    return permute(e, o, 0x5140, ASSEMBLY), permute(e, o, 0x7362, ASSEMBLY), even_marks, odd_marks
 
 
 @triton.jit
-def _row_of_words(start, row):
+def _row_of_words(start, row, wanted):
     """The four words of each of these rows."""
-    words = tl.load(start + row[:, None] * 4 + tl.arange(0, 4)[None, :])
+    words = tl.load(start + row[:, None] * 4 + tl.arange(0, 4)[None, :], mask=wanted, other=0)
     even, odd = tl.split(tl.reshape(words, [words.shape[0], 2, 2]))
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
@@ -175,9 +127,9 @@ def _row_of_words(start, row):
 @triton.jit
 def _join_bytes(exponents, rest, ASSEMBLY: tl.constexpr):
     """Four elements of bf16 in two words, from the bytes of their exponents and of their rests."""
-    upper = (rest & ~0x7F7F7F7F) | ((exponents >> 1) & 0x7F7F7F7F)
-    lower = (rest & 0x7F7F7F7F) | ((exponents << 7) & ~0x7F7F7F7F)
-    return _permute(lower, upper, 0x5140, ASSEMBLY), _permute(lower, upper, 0x7362, ASSEMBLY)
+    upper = chosen(0x7F7F7F7F, exponents >> 1, rest, ASSEMBLY)
+    lower = chosen(0x7F7F7F7F, rest, exponents << 7, ASSEMBLY)
+    return permute(lower, upper, 0x5140, ASSEMBLY), permute(lower, upper, 0x7362, ASSEMBLY)
 
 
 @triton.jit
@@ -192,6 +144,11 @@ def _block(
     out,
     block,
     left,
+    codes,
+    r0,
+    r1,
+    r2,
+    r3,
     first_rare,
     first_spelled,
     nbytes,
@@ -201,7 +158,6 @@ def _block(
     rest0,
     rest1,
     rest2,
-    codes_at,
     rare_at,
     spelled_at,
     EXPONENT: tl.constexpr,
@@ -216,37 +172,50 @@ def _block(
 ):
     pair = tl.arange(0, BLOCK // 32)
     row = pair[:, None] * 2 + tl.arange(0, 2)[None, :]
-    start = (source + codes_at + block * (BLOCK // 4)).to(tl.pointer_type(tl.int32))
-    codes = tl.load(start + row) if WHOLE else tl.load(start + row, mask=row * 16 < left, other=0)
+
+    # Even and odd elements have their codes in nibbles; with those of both, an escape is known by its nibble.
+    even, odd = codes & 0x33333333, (codes >> 2) & 0x33333333
+    even_escapes, odd_escapes = even & (even >> 1) & 0x11111111, odd & (odd >> 1) & 0x11111111
+    escapes = even_escapes + odd_escapes * 2
+    even ^= (even_escapes * 15) & 0x45674567
+    odd ^= (odd_escapes * 15) & 0x45674567
+    sums = even_escapes + odd_escapes
 
     # Where a row's rare codes begin, and the 48 bits that they may have.
-    running = _running(codes & (codes >> 1) & 0x55555555)
-    upper, lower = tl.split((running >> 24) & 255)
+    upper, lower = tl.split(bits_set(escapes, ASSEMBLY))
     before = tl.cumsum(upper + lower, 0) - lower + first_rare
     bit = tl.join(before - upper, before) * 3
-    at = (bit >> 6) * 8 + rare_at
-    start = source.to(tl.pointer_type(tl.uint64)) + (at >> 3)
+    word = (rare_at >> 2) + (bit >> 5)
+    start = source.to(tl.pointer_type(tl.int32)) + word
     if WHOLE:
-        low, high = tl.load(start), tl.load(start + 1)
+        w0, w1, w2 = tl.load(start), tl.load(start + 1), tl.load(start + 2)
     else:
-        low = tl.load(start, mask=at + 8 <= nbytes, other=0)
-        high = tl.load(start + 1, mask=at + 16 <= nbytes, other=0)
-    skip = (bit & 63).to(tl.uint64)
-    window = (low >> skip) | ((high << 1) << (63 - skip))
+        last = (nbytes >> 2) - word
+        w0 = tl.load(start, mask=last > 0, other=0)
+        w1 = tl.load(start + 1, mask=last > 1, other=0)
+        w2 = tl.load(start + 2, mask=last > 2, other=0)
+    low, high = from_bit(w0, w1, bit, ASSEMBLY), from_bit(w1, w2, bit, ASSEMBLY)
+    middle = from_bit(low, high, bits_set(escapes & 0xFFFF, ASSEMBLY) * 3, ASSEMBLY)
 
     # fmt: off
-    e0, m0 = _four(codes, running, window, common, rare_low, rare_high, 0, ASSEMBLY)
-    e1, m1 = _four(codes, running, window, common, rare_low, rare_high, 1, ASSEMBLY)
-    e2, m2 = _four(codes, running, window, common, rare_low, rare_high, 2, ASSEMBLY)
-    e3, m3 = _four(codes, running, window, common, rare_low, rare_high, 3, ASSEMBLY)
+    e0, e1, m0, m1 = _eight(even, odd, even_escapes, sums, low, common, rare_low, rare_high, ASSEMBLY)
+    e2, e3, m2, m3 = _eight(even >> 16, odd >> 16, even_escapes >> 16, sums >> 16, middle,
+                            common, rare_low, rare_high, ASSEMBLY)
     # fmt: on
+
+    # The marks of a row: in each byte a bit for an even and an odd element of the first eight, then of the others.
+    if not WHOLE:
+        valid = left - row * 16
+        m0, m1 = m0 & first_bytes((valid + 1) >> 1), m1 & first_bytes(valid >> 1)
+        m2, m3 = m2 & first_bytes((valid - 7) >> 1), m3 & first_bytes((valid - 8) >> 1)
+    marks = (m0 & 0x01010101) | (m1 & 0x02020202) | (m2 & 0x04040404) | (m3 & 0x08080808)
+    upper, lower = tl.split(bits_set(marks, ASSEMBLY))
+    before = tl.cumsum(upper + lower, 0) - lower + (spelled_at + first_spelled)
+    at = tl.join(before - upper, before)
+    e0, e1, e2, e3 = _spelled_out(source, at, nbytes, marks, e0, e1, e2, e3, ASSEMBLY, WHOLE)
 
     place = tl.arange(0, BLOCK)
     if WORDS and WHOLE:
-        start = (source + rest0 + block * BLOCK).to(tl.pointer_type(tl.int32))
-        p0, p1, p2, p3 = _row_of_words(start, pair * 2)
-        q0, q1, q2, q3 = _row_of_words(start, pair * 2 + 1)
-        r0, r1, r2, r3 = tl.join(p0, q0), tl.join(p1, q1), tl.join(p2, q2), tl.join(p3, q3)
         a0, b0 = _join_bytes(e0, r0, ASSEMBLY)
         a1, b1 = _join_bytes(e1, r1, ASSEMBLY)
         a2, b2 = _join_bytes(e2, r2, ASSEMBLY)
@@ -267,20 +236,6 @@ def _block(
             tl.store(out + place, element)
         else:
             tl.store(out + place, element, mask=place < left)
-
-    # The marks of a pair of rows: a bit for each element that is spelled out.
-    marks = m0 | (m1 << 4) | (m2 << 8) | (m3 << 12)
-    if not WHOLE:
-        marks &= (1 << tl.minimum(tl.maximum(left - row * 16, 0), 16)) - 1
-    upper, lower = tl.split(marks)
-    marks = upper | (lower << 16)
-    many = _bits_set(marks)
-    at = tl.cumsum(many, 0) - many + (spelled_at + first_spelled)
-    tl.debug_barrier()  # what has been written is written over
-    # fmt: off
-    _spell_out(source, out, block * BLOCK, pair * 32, marks, at, tl.max(many, 0), nbytes, rest0, rest1, rest2,
-               EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, WHOLE)
-    # fmt: on
 
 
 @triton.jit(
@@ -314,6 +269,17 @@ def _unpack(
 ):
     block = tl.program_id(0)
     left = elements - block * BLOCK
+    pair = tl.arange(0, BLOCK // 32)
+    row = pair[:, None] * 2 + tl.arange(0, 2)[None, :]
+    # What lies at known places is asked for at once, before it is known where the rest is.
+    start = (source + codes_at + block * (BLOCK // 4)).to(tl.pointer_type(tl.int32))
+    codes = tl.load(start + row, mask=row * 16 < left, other=0)
+    r0, r1, r2, r3 = codes, codes, codes, codes
+    if WORDS:
+        start = (source + rest0 + block * BLOCK).to(tl.pointer_type(tl.int32))
+        p0, p1, p2, p3 = _row_of_words(start, pair * 2, left >= BLOCK)
+        q0, q1, q2, q3 = _row_of_words(start, pair * 2 + 1, left >= BLOCK)
+        r0, r1, r2, r3 = tl.join(p0, q0), tl.join(p1, q1), tl.join(p2, q2), tl.join(p3, q3)
     starts = source.to(tl.pointer_type(tl.int32))
     first_rare = tl.minimum(tl.maximum(tl.load(starts + block), 0), rare)
     first_spelled = tl.minimum(tl.maximum(tl.load(starts + blocks + block), 0), spelled)
@@ -323,12 +289,12 @@ def _unpack(
     out = out + block * BLOCK
     # fmt: off
     if (left >= BLOCK) & inside:
-        _block(source, out, block, left, first_rare, first_spelled, nbytes,
-               common, rare_low, rare_high, rest0, rest1, rest2, codes_at, rare_at, spelled_at,
+        _block(source, out, block, left, codes, r0, r1, r2, r3, first_rare, first_spelled, nbytes,
+               common, rare_low, rare_high, rest0, rest1, rest2, rare_at, spelled_at,
                EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, WORDS, ASSEMBLY, True)
     else:
-        _block(source, out, block, left, first_rare, first_spelled, nbytes,
-               common, rare_low, rare_high, rest0, rest1, rest2, codes_at, rare_at, spelled_at,
+        _block(source, out, block, left, codes, r0, r1, r2, r3, first_rare, first_spelled, nbytes,
+               common, rare_low, rare_high, rest0, rest1, rest2, rare_at, spelled_at,
                EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, WORDS, ASSEMBLY, False)
     # fmt: on
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from ..arena import LOOKAHEAD, capacity_for
 from .selection import choose_stay, fill
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..component import Component, Unit
     from ..streams import Streams
 
+_FORWARDS = 2  # timed, of which the shorter counts: one may be held up by whatever else the host does
 _WORTH = 0.02  # of a step: what another choice must gain to be worth moving weights for
 _LEEWAY = 0.01  # of the bytes: so much more may stream, where blocks do not add up to the share
 _REPAIRS = 128  # choices tried at most where the best one has not the bytes that are asked for
@@ -48,11 +49,11 @@ class Timed:
 
 
 class Spreads:
-    """Times components some of whose units stay, each once."""
+    """Times two forwards of components some of whose units stay."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
-        self._done: WeakSet[nn.Module] = WeakSet()
+        self._count: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # of forwards that were timed
         self._timed: dict[Component, Timed] = {}
         self._watch: Stopwatch | None = None
 
@@ -61,8 +62,8 @@ class Spreads:
         self._watch = None
         parted = component.shares and component.residents and component.streamed
         warm = component.runs > 0 and component.known  # the first forward of a call waits for more
-        new = component.module not in self._done and not component.on_disk
-        if parted and warm and new and self._streams.asynchronous:
+        wanted = self._count.get(component.module, 0) < _FORWARDS and not component.on_disk
+        if parted and warm and wanted and self._streams.asynchronous:
             self._watch = Stopwatch(self._streams)
         return self._watch
 
@@ -80,18 +81,22 @@ class Spreads:
         read = watch.read(component.streamed)
         if read is None:  # it used none of them: another forward will tell
             return
-        self._done.add(component.module)
-        if read[1] is not None:
-            self._timed[component] = Timed(tuple(component.streamed), *read, capacity)
+        self._count[component.module] = self._count.get(component.module, 0) + 1
+        before, (work, rate) = self._timed.get(component), read
+        if rate is not None and (before is None or work.seconds < before.work.seconds):
+            self._timed[component] = Timed(tuple(component.streamed), work, rate, capacity)
 
     def take(self, component: Component) -> Timed | None:
-        """What was timed of `component`, once."""
-        return self._timed.pop(component, None)
+        """What was timed of `component`, once: nothing is timed any longer."""
+        timed = self._timed.pop(component, None)
+        if timed is not None:
+            self._count[component.module] = _FORWARDS
+        return timed
 
     def forget(self, component: Component) -> None:
-        """What was timed holds no longer; if nobody has taken it, another forward will be."""
+        """What was timed holds no longer; if nobody has taken it, other forwards will be."""
         if self._timed.pop(component, None) is not None:
-            self._done.discard(component.module)
+            self._count.pop(component.module, None)
 
 
 def better_residents(timed: Timed, units: Sequence[Unit], ratio: float) -> frozenset[int] | None:

@@ -68,7 +68,7 @@ class DeviceStreams:
 
         CUDA gives a stream its place in the hardware's queues when the first kernel comes, and where `unpack` came
         behind `compute` and `load`, copies and computing beside it were some 5 % slower, for as long as the
-        process lasted (benchmarks/results/2026-12-01-h200-streams.md).
+        process lasted (benchmarks/results/2026-12-01-h200-packed.md).
         """
         number = torch.zeros(1, device=self.device)
         before = self.current()

@@ -97,7 +97,6 @@ class Component:
         self.residents: list[Unit] = []
         self.shares = False  # a share of its units stays, whichever they are
         self.tier = "pinned"  # where its weights are while they are not on the device
-        self.may_pack = False  # that may become "packed"
         self.present = False  # the stem is on the device
         self.needs: list[Component] = []  # components whose stems hold tensors of this one as well
         self.depth = 0  # forwards under way

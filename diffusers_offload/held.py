@@ -23,7 +23,6 @@ from .units import own_tensors, tensors_of
 
 if TYPE_CHECKING:
     from .handle import OffloadHandle
-    from .planning.timing import Timed
 
 # Methods of models (Diffusers', torch's) that work on the weights themselves.
 _EDITORS = (
@@ -132,11 +131,9 @@ class Held:
             )
             self.renew()
         self.engine.notice_silent_edits(self.component)
-        timed = self.engine.keeping.timings.take(self.component)
-        if self._gains_by_packing(timed):
-            self._pack()  # how it spends its time is another matter then
-        elif timed is not None:
-            self._spread(timed)
+        if self._gains_by_packing():
+            self._pack()
+        self._spread()
         self.component.checked = True
 
     def _refuse_copies(self) -> None:
@@ -151,17 +148,15 @@ class Held:
             new = {f"{self.component.name}.{path}": t for path, t in named if id(t) not in owned}
             self.engine.packed.refuse_copies({path: t for path, t in new.items() if veil_of(t) is None})
 
-    def _gains_by_packing(self, timed: Timed | None) -> bool:
+    def _gains_by_packing(self) -> bool:
         """Whether it waited for the bus, and less may be sent over it."""
-        if not self.component.may_pack or not unpacks_fast(self.engine.device):
-            return False
-        if self.engine.budget is not None:
-            return self.engine.budget.is_bound_by_copies(self.component)
-        return timed is not None and timed.is_bound_by_copies
+        budget, device = self.engine.budget, self.engine.device
+        may = self.target.may_pack and budget is not None and unpacks_fast(device)
+        return may and budget.is_bound_by_copies(self.component)
 
     def _pack(self) -> None:
         logger.info("%s waits for the bus: its units are packed from now on", self.component.name)
-        self.target, self.component.may_pack = self.target.packed(), False
+        self.target = self.target.packed()
         if self._states is None:
             self._states = TrueStates(self.engine, self.component)
             editors = self._suspending_editors()
@@ -171,16 +166,16 @@ class Held:
             self.engine.roster.pack(self.component)
         except (RuntimeError, MemoryError) as error:  # it would be faster, but goes on as it is
             logger.warning("%s: not all of it could be packed: %s", self.component.name, error)
-        self.engine.keeping.timings.renew(self.component)
         for handle in self.owners:
             handle.remember(self)
 
-    def _spread(self, timed: Timed) -> None:
+    def _spread(self) -> None:
         """Let others of its units stay, if a timed forward has shown that this is faster."""
         before = self.target
+        timed = self.engine.keeping.spreads.take(self.component)
         if any(handle.limits.host is not None for handle in self.owners):  # the host may get more to hold
             return
-        better = before.respread(self.component, timed)
+        better = before.respread(self.component, timed) if timed is not None else None
         if better is None:
             return
         logger.info("%s: by what they compute, others of its units had better stay", self.component.name)

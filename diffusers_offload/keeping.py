@@ -9,7 +9,7 @@ from .component import Component, Unit
 from .homes import Homes
 from .loads import Loads
 from .planning.budget import Choice, DeviceBudget, Reading
-from .planning.timing import Timings
+from .planning.spread import Spreads
 from .recovery import is_out_of_memory
 from .roster import Roster
 from .streams import Streams
@@ -39,7 +39,7 @@ class Keeping:
         loads: Loads,
     ) -> None:
         self.budget = budget
-        self.timings = Timings(streams)
+        self.spreads = Spreads(streams)
         self._streams = streams
         self._roster = roster
         self._homes = homes
@@ -55,7 +55,7 @@ class Keeping:
             shapes: of what the forward is given.
         """
         if self.budget is None:
-            return self.timings.begin(component)
+            return self.spreads.begin(component)
         self._contend(component)
         if self._disk is not None:
             self._read = self._disk.read_so_far
@@ -69,7 +69,7 @@ class Keeping:
     def end(self, component: Component, completed: bool) -> None:
         """That forward is over."""
         if self.budget is None:
-            self.timings.end(component, completed, self._homes.arena.capacity)
+            self.spreads.end(component, completed, self._homes.arena.capacity)
             return
         if not component.streamed:
             return
@@ -148,7 +148,7 @@ class Keeping:
 
     def forget(self, component: Component) -> None:
         """The component is here no longer."""
-        self.timings.forget(component)
+        self.spreads.forget(component)
         if self.budget is not None:
             self.budget.forget(component)
 

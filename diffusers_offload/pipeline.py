@@ -63,7 +63,7 @@ class BlockOffloadMixin:
                 taken.
             offload_ratio: share of the bytes of each component's units that streams, 0.0 to 1.0; the
                 rest stays on the device, from the second call on the units that make a step the shortest by
-                what one forward took. None leaves it to the planner: on an accelerator everything stays
+                what a forward took. None leaves it to the planner: on an accelerator everything stays
                 if it fits, and otherwise what the forwards leave of the memory holds units. On the CPU
                 everything streams.
             max_device_memory: upper bound on the peak device memory, activations included, as "10GiB" or

@@ -25,7 +25,8 @@ class OffloadPolicy:
             runs and sends it away afterwards. The others stream it: "block" by block, "phase" by phase
             (the attentions, feed-forwards and norms of each block), "leaf" layer by layer.
         ratio: share of the units' bytes that streams, 0.0 to 1.0; the rest stays on the device, spread
-            evenly over the order. Only with the granularities that stream.
+            evenly over the order; on an accelerator, from the second call on, so that a step is the shortest.
+            Only with the granularities that stream.
 
         tier: where the weights are while they are not on the device: "pinned" (host memory), "packed" (host
             memory, without loss in some 70 % of the bytes) or "disk".

@@ -13,8 +13,7 @@ from .component import Component, State, Unit
 from .packing import expected_nbytes, unpacks_fast
 from .planning import planner
 from .planning.planner import ComponentPlan, Plan, UnitSize
-from .planning.spread import better_residents
-from .planning.timing import Timed
+from .planning.spread import Timed, better_residents
 from .policy import STREAMING, OffloadPolicy
 from .tiers.mapped import veil_of
 from .tiers.packed import ring_bytes
@@ -148,7 +147,7 @@ def build_component(
         before: the component as it was: units of it that are still right are used again.
     """
     component = Component(target.name, target.module)
-    component.tier, component.may_pack = target.policy.tier, target.may_pack
+    component.tier = target.policy.tier
     component.shares = target.policy.streams and 0 < target.policy.ratio < 1
     everything = tensors_of(target.module)
     for tensor in everything:

@@ -1,16 +1,19 @@
 """Which units stay under an `offload_ratio` once their times are known."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from diffusers_offload.arena import capacity_for
+from diffusers_offload.component import Component
+from diffusers_offload.planning import spread
 from diffusers_offload.planning.planner import choose_residents
-from diffusers_offload.planning.spread import better_residents, with_residents
+from diffusers_offload.planning.spread import Timed, better_residents, with_residents
 from diffusers_offload.planning.timeline import Copying, Work, place, simulate
-from diffusers_offload.planning.timing import Timed
 
 MIB = 2**20
 RATE = 80e9
@@ -125,3 +128,47 @@ def test_another_unit_among_the_timed_ones_proves_nothing():
     used, work = timed_without(full, choose_residents(full.sizes, 0.5))
     timed = Timed((Unit(1), *(units[number] for number in used[1:])), work, RATE, 2**31)
     assert better_residents(timed, units, 0.5) is None
+
+
+def test_of_two_timed_forwards_the_shorter_counts(monkeypatch):
+    """A forward that is timed may be held up by whatever else the host does."""
+    works = [Work((MIB,), (seconds,), (0.0,)) for seconds in (0.3, 0.1, 0.2)]
+    watches = [
+        SimpleNamespace(stop=lambda: None, read=lambda units, work=work: (work, RATE)) for work in works
+    ]
+    waiting = iter(watches)
+    monkeypatch.setattr(spread, "Stopwatch", lambda streams: next(waiting))
+    spreads = spread.Spreads(SimpleNamespace(asynchronous=True))
+    unit = Unit(MIB)
+    component = Component("net", nn.Linear(1, 1))
+    component.shares, component.known = True, True
+    component.residents, component.streamed = [unit], [unit]
+    assert spreads.begin(component) is None  # the first forward of a call waits for more
+    spreads.end(component, True, 4 * MIB)
+    for watch in watches[:2]:
+        assert spreads.begin(component) is watch
+        spreads.end(component, True, 4 * MIB)
+    assert spreads.begin(component) is None
+    spreads.end(component, True, 4 * MIB)
+    assert spreads.take(component).work is works[1]
+    assert spreads.begin(component) is None and spreads.take(component) is None
+
+
+def test_what_was_timed_is_timed_anew_if_it_was_forgotten_before_anybody_used_it(monkeypatch):
+    watch = SimpleNamespace(stop=lambda: None, read=lambda units: (Work((MIB,), (0.1,), (0.0,)), RATE))
+    monkeypatch.setattr(spread, "Stopwatch", lambda streams: watch)
+    spreads = spread.Spreads(SimpleNamespace(asynchronous=True))
+    component = Component("net", nn.Linear(1, 1))
+    component.shares, component.known, component.runs = True, True, 1
+    component.residents, component.streamed = [Unit(MIB)], [Unit(MIB)]
+    for _ in range(2):
+        for _ in range(2):
+            assert spreads.begin(component) is watch
+            spreads.end(component, True, 4 * MIB)
+        assert spreads.begin(component) is None
+        spreads.forget(component)
+    assert spreads.begin(component) is watch
+    spreads.end(component, True, 4 * MIB)
+    assert spreads.take(component) is not None
+    spreads.forget(component)
+    assert spreads.begin(component) is None

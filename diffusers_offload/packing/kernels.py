@@ -60,6 +60,7 @@ def _spelled_out(source, at, nbytes, marks, e0, e1, e2, e3, ASSEMBLY: tl.constex
     """The exponents of each row with those in place that are spelled out from `at` on, in each turn one of a row.
 
     Args:
+        at: of each row, where among the packed bytes its first spelled exponent lies; `nbytes` ends these.
         marks: of each row: in each byte a bit for an even and an odd element of the first eight, then of the others.
         e0, e1, e2, e3: four exponents each, zero where one is marked.
     """

@@ -18,7 +18,6 @@ from .planner import choose_kept, estimate_activations
 from .selection import choose_stay
 from .stopwatch import Stopwatch
 from .timeline import Copying, Forecast, Work, forecast
-from .timing import WORTH_PACKING
 
 if TYPE_CHECKING:
     from ..component import Component, Unit
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 _RESERVE = 0.025  # of the bound: the allocator rounds up, and fragments
 _TIGHTEN = 0.8  # of the bound, once the device has run out of memory below it
 _BETTER = 0.01  # of a step: what another choice must gain
+_WORTH_PACKING = 0.1  # of a step: what waiting must take for packing to be worth its seconds
 _WORTH_PAIRING = 0.03  # of a step: what waiting for copies must take
 _EXTRA_SLOTS = 2  # units that the arena may hold besides two, where that is worth more than keeping them
 
@@ -220,7 +220,7 @@ class DeviceBudget:
         """Whether a good part of its forward is known to be waiting for weights."""
         known = self._known.get((component, self._shapes.get(component)))
         forecast = known.forecast if known is not None and known.settled else None
-        return forecast is not None and forecast.stall > WORTH_PACKING * forecast.step
+        return forecast is not None and forecast.stall > _WORTH_PACKING * forecast.step
 
     def tighten(self) -> None:
         """The bound was too high: the device has less memory to give than was thought."""

@@ -2,27 +2,101 @@
 
 Blocks of one model differ in how long they compute per byte: FLUX's double blocks take a bus twice as long as its
 single ones for the same computing. An even spread then waits in one half of the model and leaves the bus idle in the
-other. So two forwards are timed (`timing`), and if another choice of as many bytes is predicted to be clearly faster,
-it is taken before the next call, once. Pure functions.
+other. So one forward is timed, and if another choice of as many bytes is predicted to be clearly faster, it is taken
+before the next call, once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
-from ..arena import capacity_for
+from ..arena import LOOKAHEAD, capacity_for
 from .selection import choose_stay, fill
-from .timeline import Work, forecast
+from .stopwatch import Stopwatch
+from .timeline import Copying, Work, forecast
 
 if TYPE_CHECKING:
-    from ..component import Unit
-    from .timing import Timed
+    from torch import nn
 
+    from ..component import Component, Unit
+    from ..streams import Streams
+
+_FORWARDS = 2  # timed, of which the shorter counts: one may be held up by whatever else the host does
 _WORTH = 0.02  # of a step: what another choice must gain to be worth moving weights for
 _LEEWAY = 0.01  # of the bytes: so much more may stream, where blocks do not add up to the share
 _REPAIRS = 128  # choices tried at most where the best one has not the bytes that are asked for
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One forward of a component some of whose units stayed.
+
+    Attributes:
+        streamed: the units that were timed.
+        work: what these computed; what the others did is in the gaps.
+        rate: of the copies, bytes a second.
+        capacity: bytes of the arena.
+    """
+
+    streamed: tuple[Unit, ...]
+    work: Work
+    rate: float
+    capacity: int
+
+
+class Spreads:
+    """Times two forwards of components some of whose units stay."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._count: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # of forwards that were timed
+        self._timed: dict[Component, Timed] = {}
+        self._watch: Stopwatch | None = None
+
+    def begin(self, component: Component) -> Stopwatch | None:
+        """An outermost forward of `component` begins; returns the stopwatch that is to time it, if one is."""
+        self._watch = None
+        parted = component.shares and component.residents and component.streamed
+        warm = component.runs > 0 and component.known  # the first forward of a call waits for more
+        wanted = self._count.get(component.module, 0) < _FORWARDS and not component.on_disk
+        if parted and warm and wanted and self._streams.asynchronous:
+            self._watch = Stopwatch(self._streams)
+        return self._watch
+
+    def end(self, component: Component, completed: bool, capacity: int) -> None:
+        """That forward is over.
+
+        Args:
+            capacity: bytes of the arena.
+        """
+        component.runs += completed
+        watch, self._watch = self._watch, None
+        if watch is None or not completed:
+            return
+        watch.stop()
+        read = watch.read(component.streamed)
+        if read is None:  # it used none of them: another forward will tell
+            return
+        self._count[component.module] = self._count.get(component.module, 0) + 1
+        before, (work, rate) = self._timed.get(component), read
+        if rate is not None and (before is None or work.seconds < before.work.seconds):
+            self._timed[component] = Timed(tuple(component.streamed), work, rate, capacity)
+
+    def take(self, component: Component) -> Timed | None:
+        """What was timed of `component`, once: nothing is timed any longer."""
+        timed = self._timed.pop(component, None)
+        if timed is not None:
+            self._count[component.module] = _FORWARDS
+        return timed
+
+    def forget(self, component: Component) -> None:
+        """What was timed holds no longer; if nobody has taken it, other forwards will be."""
+        if self._timed.pop(component, None) is not None:
+            self._count.pop(component.module, None)
 
 
 def better_residents(timed: Timed, units: Sequence[Unit], ratio: float) -> frozenset[int] | None:
@@ -47,9 +121,10 @@ def better_residents(timed: Timed, units: Sequence[Unit], ratio: float) -> froze
     work = with_residents(timed.work, [free.index(index[unit]) for unit in timed.streamed], sizes)
     if work is None or not now:
         return None
+    copying = Copying(timed.rate, lookahead=LOOKAHEAD if floats else None)
 
     def step(stay: Collection[int]) -> float:
-        return forecast(work, stay, timed.capacity, timed.copying).step
+        return forecast(work, stay, timed.capacity, copying).step
 
     def fits(stay: Collection[int]) -> bool:
         left = [size for at, size in enumerate(sizes) if at not in stay]
@@ -58,7 +133,7 @@ def better_residents(timed: Timed, units: Sequence[Unit], ratio: float) -> froze
     room = _sum(sizes, now)
     may_stream = (ratio + _LEEWAY) * sum(unit.nbytes for unit in units)
     least = min(room, sum(sizes) - may_stream)  # weights may have come since
-    found = choose_stay(work, room, timed.capacity, timed.copying)
+    found = choose_stay(work, room, timed.capacity, copying)
     choices = filter(fits, islice(_between(found, sizes, least, room), _REPAIRS))
     best = min(choices, key=step, default=now)
     if step(best) >= step(now) * (1 - _WORTH):

@@ -12,7 +12,6 @@ from torch import nn
 
 import diffusers_offload
 from diffusers_offload import held
-from diffusers_offload.planning import timing
 from diffusers_offload.streams import DeviceStreams
 from diffusers_offload.tiers import packed
 
@@ -231,40 +230,6 @@ def test_what_waits_for_the_bus_is_packed_before_the_next_call(monkeypatch):
     assert all(torch.equal(tensor, values[name]) for name, tensor in net.state_dict().items())
     handle.disable()
     assert all(torch.equal(tensor, values[name]) for name, tensor in net.state_dict().items())
-
-
-@pytest.mark.parametrize("ratio", [1.0, 0.75])
-def test_the_same_where_a_share_was_asked_for(ratio, monkeypatch):
-    """Where weights are was left to us; how much of them streams was not, and stays as it is."""
-    net, x = large_net(8)
-    expected = net.to(DEVICE)(x).cpu()
-    net.to("cpu")
-    monkeypatch.setattr(held, "unpacks_fast", lambda device: True)
-    monkeypatch.setattr(timing, "unpacks_fast", lambda device: True)
-    for tier, packs in ((None, True), ("pinned", False)):
-        handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=ratio, tier=tier)
-        streamed = [component.streamed_bytes for component in handle.plan.components]
-        for call in range(4):
-            with handle.calling():
-                for _ in range(4):
-                    assert torch.equal(net(x).cpu(), expected)
-            assert (handle.report().packed is not None) is (packs and call > 0)
-        (component,) = handle.plan.components
-        assert component.policy.tier == ("packed" if packs else "pinned")
-        assert [component.streamed_bytes] == streamed
-        handle.disable()
-
-
-def test_what_runs_twice_a_call_is_not_packed(monkeypatch):
-    net, x = large_net(8)
-    monkeypatch.setattr(held, "unpacks_fast", lambda device: True)
-    monkeypatch.setattr(timing, "unpacks_fast", lambda device: True)
-    handle = diffusers_offload.enable_block_offload(net, device=DEVICE, offload_ratio=1.0)
-    for _ in range(4):
-        with handle.calling():
-            net(x), net(x)
-    assert handle.report().packed is None
-    handle.disable()
 
 
 def test_packing_takes_the_memory_of_the_arena(monkeypatch):

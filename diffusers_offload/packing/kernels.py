@@ -145,6 +145,7 @@ def _block(
     out,
     block,
     left,
+    row,
     codes,
     r0,
     r1,
@@ -171,9 +172,6 @@ def _block(
     ASSEMBLY: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    pair = tl.arange(0, BLOCK // 32)
-    row = pair[:, None] * 2 + tl.arange(0, 2)[None, :]
-
     # Even and odd elements have their codes in nibbles; with those of both, an escape is known by its nibble.
     even, odd = codes & 0x33333333, (codes >> 2) & 0x33333333
     even_escapes, odd_escapes = even & (even >> 1) & 0x11111111, odd & (odd >> 1) & 0x11111111
@@ -290,11 +288,11 @@ def _unpack(
     out = out + block * BLOCK
     # fmt: off
     if (left >= BLOCK) & inside:
-        _block(source, out, block, left, codes, r0, r1, r2, r3, first_rare, first_spelled, nbytes,
+        _block(source, out, block, left, row, codes, r0, r1, r2, r3, first_rare, first_spelled, nbytes,
                common, rare_low, rare_high, rest0, rest1, rest2, rare_at, spelled_at,
                EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, WORDS, ASSEMBLY, True)
     else:
-        _block(source, out, block, left, codes, r0, r1, r2, r3, first_rare, first_spelled, nbytes,
+        _block(source, out, block, left, row, codes, r0, r1, r2, r3, first_rare, first_spelled, nbytes,
                common, rare_low, rare_high, rest0, rest1, rest2, rare_at, spelled_at,
                EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, WORDS, ASSEMBLY, False)
     # fmt: on

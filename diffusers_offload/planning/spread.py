@@ -2,7 +2,7 @@
 
 Blocks of one model differ in how long they compute per byte: FLUX's double blocks take a bus twice as long as its
 single ones for the same computing. An even spread then waits in one half of the model and leaves the bus idle in the
-other. So one forward is timed, and if another choice of as many bytes is predicted to be clearly faster, it is taken
+other. So two forwards are timed, and if another choice of as many bytes is predicted to be clearly faster, it is taken
 before the next call, once.
 """
 

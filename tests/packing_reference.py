@@ -36,13 +36,14 @@ def _decode(piece: dict, source: bytes, nbytes: int) -> bytes:
     exponent_bits, mantissa_bits = FORMATS[name]
     itemsize = (1 + exponent_bits + mantissa_bits) // 8
     count = nbytes // itemsize
-    rare_count, spelled_count = piece["escapes"]
+    rare_count, exception_count = piece["rare"], piece["exceptions"]
     table = piece["table"]
 
     blocks = (count + BLOCK - 1) // BLOCK
     starts = struct.unpack_from(f"<{2 * blocks}i", source)
-    spelled = _up(8 * blocks)
-    rare = spelled + _up(spelled_count)
+    exceptions = _up(8 * blocks)
+    uppers = exceptions + _up(2 * exception_count)
+    rare = uppers + _up((exception_count + 1) // 2)
     codes = rare + _up((rare_count + 7) // 8 * 3)
     field = codes + _up((2 * count + 7) // 8)
 
@@ -53,21 +54,23 @@ def _decode(piece: dict, source: bytes, nbytes: int) -> bytes:
             rest[i] |= _number(stream, i, width) << shift
         field, shift = _up(field + len(stream)), shift + width
 
+    listed = {}
+    for rank in range(exception_count):
+        entry = _number(source[exceptions:], rank, 16)
+        block = max(b for b in range(blocks) if starts[blocks + b] <= rank)
+        listed[block * BLOCK + entry % 4096] = entry // 4096 + 16 * _number(source[uppers:], rank, 4)
+
     out = bytearray()
     for i in range(count):
         if i % BLOCK == 0:
-            rare_rank, spelled_rank = starts[i // BLOCK], starts[blocks + i // BLOCK]
+            rare_rank = starts[i // BLOCK]
         code = _number(source[codes + i // 4 :][:1], i % 4, 2)
         if code < 3:
             exponent = table[code]
         else:
-            digit = _number(source[rare : rare + (rare_count + 7) // 8 * 3], rare_rank, 3)
+            exponent = table[3 + _number(source[rare : rare + (rare_count + 7) // 8 * 3], rare_rank, 3)]
             rare_rank += 1
-            if digit < 7:
-                exponent = table[3 + digit]
-            else:
-                exponent = source[spelled + spelled_rank]
-                spelled_rank += 1
+        exponent = listed.get(i, exponent)
         sign, mantissa = rest[i] >> mantissa_bits, rest[i] & ((1 << mantissa_bits) - 1)
         element = (sign << (exponent_bits + mantissa_bits)) | (exponent << mantissa_bits) | mantissa
         out += element.to_bytes(itemsize, "little")

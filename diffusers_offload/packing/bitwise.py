@@ -80,10 +80,3 @@ def nibbles(bits):
     bits += (bits & 0xFFF000) * 15
     bits += (bits & 0x0FC00FC0) * 3
     return bits + (bits & 0x38383838)
-
-
-@triton.jit
-def first_bytes(count):
-    """Ones in the lowest `count` bytes, of four."""
-    count = tl.minimum(tl.maximum(count, 0), 4)
-    return ((tl.full([1], 1, tl.int64) << (count * 8)) - 1).to(tl.int32)

@@ -89,26 +89,26 @@ def cut_plain(run: Run, slot_nbytes: int) -> list[Piece]:
 
 
 def cut_coded(
-    run: Run, table: tuple[int, ...], rare: Sequence[int], spelled: Sequence[int], slot_nbytes: int
+    run: Run, table: tuple[int, ...], rare: Sequence[int], exceptions: Sequence[int], slot_nbytes: int
 ) -> list[Piece]:
     """The pieces of a coded run: as few as slots allow, and of equal size, for a small one costs as much to start.
 
     Args:
         table: of its exponents.
-        rare, spelled: how many there are in each block.
+        rare, exceptions: how many there are in each block.
 
     Returns:
         Pieces whose sources count from the run's first packed byte; none if coding saves too little.
     """
     made = FORMATS[run.format]
     elements = run.nbytes // made.itemsize
-    sums = [0, *accumulate(rare)], [0, *accumulate(spelled)]
+    sums = [0, *accumulate(rare)], [0, *accumulate(exceptions)]
 
     def piece(first: int, last: int, source: int) -> Piece:
         start = run.start + first * BLOCK * made.itemsize
         stop = run.start + min(last * BLOCK, elements) * made.itemsize
-        escapes = [before[last] - before[first] for before in sums]
-        return Piece(start, stop, source, made.name, *escapes, table)
+        counts = [before[last] - before[first] for before in sums]
+        return Piece(start, stop, source, made.name, *counts, table)
 
     pieces: list[Piece] = []
     first, source = 0, 0

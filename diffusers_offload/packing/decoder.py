@@ -1,8 +1,8 @@
 """Unpacks a coded piece on the CPU with torch operations: shifts, look-ups, a running sum.
 
 Elements are taken four at a time. A byte of codes says which of the four escape, and what the others' exponents are;
-with the next four rare codes, 12 bits, it says all, but for exponents that are spelled out. So four elements are one
-look-up in a table of 65,536 rows. What the bytes say is not trusted: no position is taken from them without a bound.
+with the next four rare codes, 12 bits, it says all. So four elements are one look-up in a table of 65,536 rows. The
+exceptions are put right at the end. What the bytes say is not trusted: no position is taken from them without a bound.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 import torch
 
 from .formats import COMMON, ENTRIES, FORMATS, RARE, Format
-from .piece import BLOCK, RARE_BITS, Piece
+from .piece import BLOCK, LOWER_BITS, PLACE_BITS, RARE_BITS, UPPER_BITS, Piece
 
 _CHUNK = 64 * BLOCK  # elements at once on the CPU: scratch stays in its cache
 _TABLES = 16  # tensors whose tables are kept, 0.5 to 1 MiB each
@@ -33,21 +33,45 @@ def decode(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
     out = out.view(made.integer)
     starts = _starts(piece, staged, _CHUNK // BLOCK)
     for rank, first in enumerate(range(0, len(out), _CHUNK)):
-        escapes = zip(starts[rank], starts[rank + 1], strict=True)
-        ranges = tuple(slice(start, max(start, stop)) for start, stop in escapes)
-        _decode_chunk(piece, staged, out[first : first + _CHUNK], first, tables, *ranges)
+        rare = slice(starts[rank], max(starts[rank], starts[rank + 1]))
+        _decode_chunk(piece, staged, out[first : first + _CHUNK], first, tables, rare)
+    put_exceptions(piece, staged, out)
 
 
-def _starts(piece: Piece, staged: torch.Tensor, every: int) -> list[tuple[int, int]]:
-    """For each chunk of `every` blocks, and the end, how many rare codes and spelled exponents lie before it."""
+def _starts(piece: Piece, staged: torch.Tensor, every: int) -> list[int]:
+    """For each chunk of `every` blocks, and the end, how many rare codes lie before it."""
     blocks = -(-piece.elements // BLOCK)
-    end = (piece.rare, piece.spelled)
     if blocks <= every:
-        return [(0, 0), end]
+        return [0, piece.rare]
     at = piece.streams.starts
-    both = staged[at : at + 8 * blocks].view(torch.int32).view(2, blocks)[:, ::every].tolist()
-    bounded = ([min(max(start, 0), most) for start in row] for row, most in zip(both, end, strict=True))
-    return [*zip(*bounded, strict=True), end]
+    stored = staged[at : at + 4 * blocks].view(torch.int32)[::every].tolist()
+    return [*(min(max(start, 0), piece.rare) for start in stored), piece.rare]
+
+
+def put_exceptions(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the exponents of the elements that are listed into `out`, which is right but for these.
+
+    All sizes are known, so that a device is not waited for.
+    """
+    made, streams, count = FORMATS[piece.format], piece.streams, piece.exceptions
+    if not count:
+        return
+    blocks = -(-piece.elements // BLOCK)
+    at = streams.starts + 4 * blocks
+    starts = staged[at : at + 4 * blocks].view(torch.int32)
+    entries = _read(staged, streams.exceptions, 16, 0, count)
+    ranks = torch.arange(count, dtype=torch.int32, device=staged.device)
+    block = torch.searchsorted(starts, ranks, right=True).sub_(1).clamp_(min=0)
+    index = block.mul_(BLOCK).add_(entries & (BLOCK - 1)).clamp_(max=len(out) - 1)
+    upper = _read(staged, streams.uppers, UPPER_BITS, 0, count).to(torch.int32)
+    exponents = ((entries >> PLACE_BITS) | (upper << LOWER_BITS)) & (made.exponents - 1)
+    rest = out.index_select(0, index).bitwise_and_(_rest_bits(made))
+    out.index_copy_(0, index, rest.bitwise_or_(exponents.to(made.integer) << made.mantissa_bits))
+
+
+def _rest_bits(made: Format) -> int:
+    """The bits of an element that are sign or mantissa."""
+    return (1 << made.mantissa_bits) - 1 | _SIGN[made.itemsize]
 
 
 @dataclass(frozen=True)
@@ -85,34 +109,25 @@ def _bytes_of_codes() -> tuple[torch.Tensor, torch.Tensor]:
 def _fours() -> torch.Tensor:
     """For each 4 bits (which escape) and 12 (rare codes) the escapes' entries in a table, uint8 (65536, 4).
 
-    `ENTRIES` for the others and for those that are spelled out; the latter's rank is the former's plus one.
+    `ENTRIES` for the others.
     """
     rows = torch.arange(1 << 16)
     entries, rank = [], torch.zeros_like(rows)
     for place in range(4):
         escapes = rows >> (12 + place) & 1
-        digit = rows >> (RARE_BITS * rank) & RARE
-        entries.append(torch.where((escapes == 1) & (digit < RARE), COMMON + digit, ENTRIES))
+        digit = rows >> (RARE_BITS * rank) & (RARE - 1)
+        entries.append(torch.where(escapes == 1, COMMON + digit, ENTRIES))
         rank = rank + escapes
     return torch.stack(entries, dim=1).to(torch.uint8)
 
 
-@cache
-def _spellings() -> torch.Tensor:
-    """For each row of `_fours` which of the four elements are spelled out: bool (65536, 4)."""
-    escapes = (torch.arange(1 << 16).unsqueeze(1) >> torch.arange(12, 16) & 1) == 1
-    return escapes & (_fours() == ENTRIES)
-
-
 @lru_cache(_TABLES)
-def _on(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """On `device`: by the byte of codes, which escape (shifted to the row of `_fours`) and how many; `_spellings`,
-    and whether there is one."""
+def _on(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """On `device`, by the byte of codes: which escape (shifted to the row of `_fours`) and how many."""
     with torch.inference_mode(False):
         which = _bytes_of_codes()[1]
         count = sum(which >> place & 1 for place in range(4))
-        spelled = _spellings()
-        return tuple(each.to(device) for each in (which << 12, count, spelled, spelled.any(dim=1)))
+        return (which << 12).to(device), count.to(device)
 
 
 def _decode_chunk(
@@ -122,28 +137,20 @@ def _decode_chunk(
     first: int,
     tables: _Tables,
     rare: slice,
-    spelled: slice,
 ) -> None:
-    """Write `out`, whose first element is the piece's `first`; of the escapes, these ranges belong to it."""
+    """Write `out`, whose first element is the piece's `first`; of the rare codes, this range belongs to it."""
     made, streams, count = FORMATS[piece.format], piece.streams, len(out)
     at = streams.codes + first // 4
     codes = staged[at : at + -(-count // 4)].to(torch.int32)
     elements = tables.common.index_select(0, codes)
     if rare.stop > rare.start:
-        which, escapes, spellings, any_spelling = _on(staged.device)
+        which, escapes = _on(staged.device)
         escapes = escapes.index_select(0, codes)
         before = torch.cumsum(escapes, 0, dtype=torch.int32).sub_(escapes)
         before.clamp_(max=rare.stop - rare.start)  # there is no more, if the codes are corrupt
         next_four = _next_fours(staged, streams.rare, rare).index_select(0, before)
         rows = which.index_select(0, codes).bitwise_or_(next_four)
         elements.bitwise_or_(tables.rare.index_select(0, rows))
-        if spelled.stop > spelled.start:
-            some = any_spelling.index_select(0, rows).nonzero().view(-1)
-            found = spellings[rows[some].to(torch.int64)].nonzero()
-            where = (some[found[:, 0]] * 4 + found[:, 1])[: spelled.stop - spelled.start]
-            at = streams.spelled + spelled.start
-            exponents = staged[at : at + len(where)] & (made.exponents - 1)
-            elements.view(-1).view(made.integer)[where] = exponents.to(made.integer) << made.mantissa_bits
     elements = elements.view(-1).view(made.integer)
     add_rest(made, streams.rest, staged, elements[:count], first, out)
 
@@ -177,7 +184,7 @@ def add_rest(
     if made.fields == (8,):  # the sign is a byte's highest bit: widening the byte takes it to the top
         at = offsets[0] + first
         rest = staged[at : at + count].view(torch.int8).to(made.integer)
-        torch.bitwise_or(rest.bitwise_and_(mantissa | _SIGN[made.itemsize]), bits, out=out)
+        torch.bitwise_or(rest.bitwise_and_(_rest_bits(made)), bits, out=out)
         return
     rest, place = torch.zeros_like(out), 0
     for offset, width in zip(offsets, made.fields, strict=True):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 COMMON = 3  # exponents with a code of 2 bits; the fourth code says: look among the rare
-RARE = 7  # exponents with a code of 3 bits; the eighth says: look among those that are spelled out
+RARE = 8  # exponents with a code of 3 bits
 ENTRIES = COMMON + RARE
-SPELLED = ENTRIES  # what `symbols` says of all other exponents
+EXCEPTION = ENTRIES  # what `symbols` says of all other exponents: these elements are listed
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def choose_table(counts: Sequence[int]) -> tuple[int, ...]:
 
 
 def symbols(table: Sequence[int], exponents: int) -> list[int]:
-    """For each exponent its place in `table`, `SPELLED` if it has none."""
-    places = [SPELLED] * exponents
+    """For each exponent its place in `table`, `EXCEPTION` if it has none."""
+    places = [EXCEPTION] * exponents
     for place, exponent in enumerate(table):
         places[exponent] = place
     return places

@@ -2,9 +2,9 @@
 
 A program decodes one block, each thread a pair of rows of 16 elements, whose codes are a word. It asks for the streams
 whose place is known, counts the escapes before each row to find where its rare codes begin, and decodes eight elements
-at once: nibbles and bytes of words, put in place by permutations. Exponents that are spelled out are few: they are
-fetched in turns before anything is written. Every position that depends on stored bytes is bounded before it is used,
-for the block or for the element: whatever the bytes are, nothing is read or written outside.
+at once: nibbles and bytes of words, put in place by permutations. Exceptions are few and say where they belong: when
+the block is written, each thread puts one of them right. Every position that depends on stored bytes is bounded before
+it is used, for the block or for the element: whatever the bytes are, nothing is read or written outside.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .bitwise import bits_set, chosen, first_bytes, from_bit, nibbles, permute
+from .bitwise import bits_set, chosen, from_bit, nibbles, permute
 from .formats import COMMON, FORMATS
 from .piece import BLOCK, Piece
 
-SPELLED_MARK = tl.constexpr(-(1 << 24))  # ones for the last of eight rare codes
 _WARPS = 4  # a pair of rows, 16 elements each, for each thread
 _REGISTERS = 40  # of a thread: what counts is how many blocks a processor has at a time
 _REMEMBERED = 8192  # pieces, a KiB each: a launch keeps the host as busy as the device
@@ -49,6 +48,17 @@ def _numbers(source, offset, block, left, WIDTH: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
+def _number(source, offset, index, wanted, WIDTH: tl.constexpr):
+    """The numbers at `index` of the stream at `offset`, int32, where they are `wanted`."""
+    if WIDTH == 16:
+        start = (source + offset).to(tl.pointer_type(tl.int16))
+        return tl.load(start + index, mask=wanted, other=0).to(tl.int32) & 0xFFFF
+    each: tl.constexpr = 8 // WIDTH
+    number = tl.load(source + offset + index // each, mask=wanted, other=0).to(tl.int32)
+    return (number >> (index % each * WIDTH)) & ((1 << WIDTH) - 1)
+
+
+@triton.jit
 def _element(exponent, rest, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
     """An element's bits, int32."""
     sign = (rest << EXPONENT) & (-1 << (MANTISSA + EXPONENT))
@@ -56,38 +66,47 @@ def _element(exponent, rest, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
 
 
 @triton.jit
-def _spelled_out(source, at, nbytes, marks, e0, e1, e2, e3, ASSEMBLY: tl.constexpr, WHOLE: tl.constexpr):
-    """The exponents of each row with those in place that are spelled out from `at` on, in each turn one of a row.
-
-    Args:
-        at: of each row, where among the packed bytes its first spelled exponent lies; `nbytes` ends these.
-        marks: of each row: in each byte a bit for an even and an odd element of the first eight, then of the others.
-        e0, e1, e2, e3: four exponents each, zero where one is marked.
-    """
-    most = tl.max(tl.max(bits_set(marks, ASSEMBLY), 1), 0)
-    turn = 0
-    while turn < most:
-        turn += 1
-        wanted = marks != 0
-        exponent = tl.load(source + at, mask=wanted if WHOLE else wanted & (at < nbytes), other=0)
-        at += 1
-        later = (marks & 0x03030303) == 0
-        bits = tl.where(later, marks & 0x0C0C0C0C, marks & 0x03030303)
-        bit = bits & -bits
-        marks ^= bit
-        place = bits_set(bit - 1, ASSEMBLY)
-        first = place < 16  # of the two words of these eight elements
-        exponent = exponent.to(tl.int32) << (((place & 8) << 1) + ((place & 1) << 3))
-        e0 |= tl.where(first & ~later, exponent, 0)
-        e1 |= tl.where(~first & ~later, exponent, 0)
-        e2 |= tl.where(first & later, exponent, 0)
-        e3 |= tl.where(~first & later, exponent, 0)
-    return e0, e1, e2, e3
+def _put_exceptions(
+    source,
+    out,
+    block,
+    left,
+    first,
+    last,
+    rest0,
+    rest1,
+    rest2,
+    exceptions_at,
+    uppers_at,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    WIDTH0: tl.constexpr,
+    WIDTH1: tl.constexpr,
+    WIDTH2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Write the elements that exceptions `first` to `last` name, one for each thread at a time."""
+    while first < last:
+        rank = first + tl.arange(0, THREADS)
+        entry = _number(source, exceptions_at, rank, rank < last, 16)
+        upper = _number(source, uppers_at, rank, rank < last, 4)
+        place = entry & (BLOCK - 1)
+        wanted = (rank < last) & (place < left)
+        index = block * BLOCK + place
+        rest = _number(source, rest0, index, wanted, WIDTH0)
+        if WIDTH1 > 0:
+            rest |= _number(source, rest1, index, wanted, WIDTH1) << WIDTH0
+        if WIDTH2 > 0:
+            rest |= _number(source, rest2, index, wanted, WIDTH2) << (WIDTH0 + WIDTH1)
+        element = _element((entry // BLOCK) | (upper << 4), rest, EXPONENT, MANTISSA)
+        tl.store(out + place, element.to(out.dtype.element_ty), mask=wanted)
+        first += THREADS
 
 
 @triton.jit
 def _eight(even, odd, escaped, sums, bits, common, rare_low, rare_high, ASSEMBLY: tl.constexpr):
-    """The exponents of eight elements of each row, a byte each, and a byte of ones for each that is spelled out.
+    """The exponents of eight elements of each row, a byte each: of the first four, of the other four.
 
     Args:
         even, odd: for each second element a nibble in the lowest 16 bits: its code, or if that is the escape 4 and
@@ -95,24 +114,17 @@ def _eight(even, odd, escaped, sums, bits, common, rare_low, rare_high, ASSEMBLY
         escaped: a nibble for each even element: whether it is one.
         sums: for each pair of an even and an odd element, how many escapes they are.
         bits: the rare codes from the first of these elements on.
-
-    Returns:
-        exponents of the first four, of the other four; marks of the even, of the odd elements.
     """
     digits = nibbles(bits)
     first = permute(rare_low, rare_high, digits, ASSEMBLY)
     second = permute(rare_low, rare_high, digits >> 16, ASSEMBLY)
-    first_mark = permute(0, SPELLED_MARK, digits, ASSEMBLY)
-    second_mark = permute(0, SPELLED_MARK, digits >> 16, ASSEMBLY)
 
     # Of eight rare exponents, each element takes the one of as many as there are escapes before it.
     before = sums * 0x1110
     e = permute(common, permute(first, second, before, ASSEMBLY), even, ASSEMBLY)
-    even_marks = permute(0, permute(first_mark, second_mark, before, ASSEMBLY), even, ASSEMBLY)
     before += escaped
     o = permute(common, permute(first, second, before, ASSEMBLY), odd, ASSEMBLY)
-    odd_marks = permute(0, permute(first_mark, second_mark, before, ASSEMBLY), odd, ASSEMBLY)
-    return permute(e, o, 0x5140, ASSEMBLY), permute(e, o, 0x7362, ASSEMBLY), even_marks, odd_marks
+    return permute(e, o, 0x5140, ASSEMBLY), permute(e, o, 0x7362, ASSEMBLY)
 
 
 @triton.jit
@@ -127,9 +139,9 @@ def _row_of_words(start, row, wanted):
 
 @triton.jit
 def _join_bytes(exponents, rest, ASSEMBLY: tl.constexpr):
-    """Four elements of bf16 in two words, from the bytes of their exponents and of their rests."""
-    upper = chosen(0x7F7F7F7F, exponents >> 1, rest, ASSEMBLY)
-    lower = chosen(0x7F7F7F7F, rest, exponents << 7, ASSEMBLY)
+    """Four elements of bf16 in two words, from the bytes of their turned exponents and of their rests."""
+    upper = chosen(0x7F7F7F7F, exponents, rest, ASSEMBLY)
+    lower = chosen(0x7F7F7F7F, rest, exponents, ASSEMBLY)
     return permute(lower, upper, 0x5140, ASSEMBLY), permute(lower, upper, 0x7362, ASSEMBLY)
 
 
@@ -152,7 +164,6 @@ def _block(
     r2,
     r3,
     first_rare,
-    first_spelled,
     nbytes,
     common,
     rare_low,
@@ -161,13 +172,13 @@ def _block(
     rest1,
     rest2,
     rare_at,
-    spelled_at,
     EXPONENT: tl.constexpr,
     MANTISSA: tl.constexpr,
     WIDTH0: tl.constexpr,
     WIDTH1: tl.constexpr,
     WIDTH2: tl.constexpr,
     BLOCK: tl.constexpr,
+    TURNED: tl.constexpr,
     WORDS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -197,21 +208,10 @@ def _block(
     middle = from_bit(low, high, bits_set(escapes & 0xFFFF, ASSEMBLY) * 3, ASSEMBLY)
 
     # fmt: off
-    e0, e1, m0, m1 = _eight(even, odd, even_escapes, sums, low, common, rare_low, rare_high, ASSEMBLY)
-    e2, e3, m2, m3 = _eight(even >> 16, odd >> 16, even_escapes >> 16, sums >> 16, middle,
-                            common, rare_low, rare_high, ASSEMBLY)
+    e0, e1 = _eight(even, odd, even_escapes, sums, low, common, rare_low, rare_high, ASSEMBLY)
+    e2, e3 = _eight(even >> 16, odd >> 16, even_escapes >> 16, sums >> 16, middle,
+                    common, rare_low, rare_high, ASSEMBLY)
     # fmt: on
-
-    # The marks of a row: in each byte a bit for an even and an odd element of the first eight, then of the others.
-    if not WHOLE:
-        valid = left - row * 16
-        m0, m1 = m0 & first_bytes((valid + 1) >> 1), m1 & first_bytes(valid >> 1)
-        m2, m3 = m2 & first_bytes((valid - 7) >> 1), m3 & first_bytes((valid - 8) >> 1)
-    marks = (m0 & 0x01010101) | (m1 & 0x02020202) | (m2 & 0x04040404) | (m3 & 0x08080808)
-    upper, lower = tl.split(bits_set(marks, ASSEMBLY))
-    before = tl.cumsum(upper + lower, 0) - lower + (spelled_at + first_spelled)
-    at = tl.join(before - upper, before)
-    e0, e1, e2, e3 = _spelled_out(source, at, nbytes, marks, e0, e1, e2, e3, ASSEMBLY, WHOLE)
 
     place = tl.arange(0, BLOCK)
     if WORDS and WHOLE:
@@ -224,6 +224,8 @@ def _block(
         tl.store(start + tl.arange(0, BLOCK // 2), tl.reshape(words, [BLOCK // 2]))
     else:
         words = tl.reshape(_in_order(e0, e1, e2, e3), [BLOCK // 4])
+        if TURNED:
+            words = ((words << 1) & ~0x01010101) | ((words >> 7) & 0x01010101)
         exponent = tl.reshape((words[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255, [BLOCK])
         rest = _numbers(source, rest0, block, left, WIDTH0, BLOCK, WHOLE)
         if WIDTH1 > 0:
@@ -238,7 +240,16 @@ def _block(
 
 
 @triton.jit(
-    do_not_specialize=["elements", "blocks", "nbytes", "rare", "spelled", "common", "rare_low", "rare_high"]
+    do_not_specialize=[
+        "elements",
+        "blocks",
+        "nbytes",
+        "rare",
+        "exceptions",
+        "common",
+        "rare_low",
+        "rare_high",
+    ]
 )
 def _unpack(
     source,
@@ -247,7 +258,7 @@ def _unpack(
     blocks,
     nbytes,
     rare,
-    spelled,
+    exceptions,
     common,
     rare_low,
     rare_high,
@@ -256,13 +267,16 @@ def _unpack(
     rest2,
     codes_at,
     rare_at,
-    spelled_at,
+    exceptions_at,
+    uppers_at,
     EXPONENT: tl.constexpr,
     MANTISSA: tl.constexpr,
     WIDTH0: tl.constexpr,
     WIDTH1: tl.constexpr,
     WIDTH2: tl.constexpr,
     BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+    TURNED: tl.constexpr,
     WORDS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
@@ -279,22 +293,25 @@ def _unpack(
         p0, p1, p2, p3 = _row_of_words(start, pair * 2, left >= BLOCK)
         q0, q1, q2, q3 = _row_of_words(start, pair * 2 + 1, left >= BLOCK)
         r0, r1, r2, r3 = tl.join(p0, q0), tl.join(p1, q1), tl.join(p2, q2), tl.join(p3, q3)
-    starts = source.to(tl.pointer_type(tl.int32))
-    first_rare = tl.minimum(tl.maximum(tl.load(starts + block), 0), rare)
-    first_spelled = tl.minimum(tl.maximum(tl.load(starts + blocks + block), 0), spelled)
-    inside = (spelled_at + first_spelled + BLOCK < nbytes) & (
-        rare_at + (first_rare + BLOCK) * 3 // 8 + 16 <= nbytes
-    )
+    starts = source.to(tl.pointer_type(tl.int32)) + block
+    first_rare = tl.minimum(tl.maximum(tl.load(starts), 0), rare)
+    first = tl.minimum(tl.maximum(tl.load(starts + blocks), 0), exceptions)
+    last = tl.load(starts + blocks + 1, mask=block + 1 < blocks, other=exceptions)
+    last = tl.minimum(tl.minimum(last, exceptions), first + BLOCK)
+    inside = rare_at + (first_rare + BLOCK) * 3 // 8 + 16 <= nbytes
     out = out + block * BLOCK
     # fmt: off
     if (left >= BLOCK) & inside:
-        _block(source, out, block, left, row, codes, r0, r1, r2, r3, first_rare, first_spelled, nbytes,
-               common, rare_low, rare_high, rest0, rest1, rest2, rare_at, spelled_at,
-               EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, WORDS, ASSEMBLY, True)
+        _block(source, out, block, left, row, codes, r0, r1, r2, r3, first_rare, nbytes,
+               common, rare_low, rare_high, rest0, rest1, rest2, rare_at,
+               EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, TURNED, WORDS, ASSEMBLY, True)
     else:
-        _block(source, out, block, left, row, codes, r0, r1, r2, r3, first_rare, first_spelled, nbytes,
-               common, rare_low, rare_high, rest0, rest1, rest2, rare_at, spelled_at,
-               EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, WORDS, ASSEMBLY, False)
+        _block(source, out, block, left, row, codes, r0, r1, r2, r3, first_rare, nbytes,
+               common, rare_low, rare_high, rest0, rest1, rest2, rare_at,
+               EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, TURNED, WORDS, ASSEMBLY, False)
+    tl.debug_barrier()  # what other threads wrote to these places comes first
+    _put_exceptions(source, out, block, left, first, last, rest0, rest1, rest2, exceptions_at, uppers_at,
+                    EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, THREADS)
     # fmt: on
 
 
@@ -310,7 +327,7 @@ def launch(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
     words = piece.format == "bf16" and out.data_ptr() % 16 == 0
     with _on(staged.device):
         _unpack[(blocks,)](
-            *(staged, out.view(integer), *given, BLOCK, words, nvidia),
+            *(staged, out.view(integer), *given, BLOCK, 32 * _WARPS, piece.format == "bf16", words, nvidia),
             num_warps=_WARPS,
             **({"maxnreg": _REGISTERS} if nvidia else {}),
         )
@@ -321,10 +338,11 @@ def _arguments(piece: Piece) -> tuple[torch.dtype, int, tuple[int, ...]]:
     """The dtype of the elements, the number of blocks, and what the kernel is given of a piece."""
     made, streams = FORMATS[piece.format], piece.streams
     blocks = -(-piece.elements // BLOCK)
-    counts = (piece.elements, blocks, streams.nbytes, piece.rare, piece.spelled)
-    tables = piece.table[:COMMON], piece.table[COMMON : COMMON + 4], piece.table[COMMON + 4 :]
+    counts = (piece.elements, blocks, streams.nbytes, piece.rare, piece.exceptions)
+    table = tuple(map(_turned, piece.table)) if piece.format == "bf16" else piece.table
+    tables = table[:COMMON], table[COMMON : COMMON + 4], table[COMMON + 4 :]
     rest, widths = (*streams.rest, 0, 0)[:3], (*made.fields, 0, 0)[:3]
-    offsets = (*rest, streams.codes, streams.rare, streams.spelled)
+    offsets = (*rest, streams.codes, streams.rare, streams.exceptions, streams.uppers)
     bits = (made.exponent_bits, made.mantissa_bits, *widths)
     return made.integer, blocks, (*counts, *map(_word, tables), *offsets, *bits)
 
@@ -335,6 +353,11 @@ def _on(device: torch.device) -> AbstractContextManager[None]:
         return nullcontext()
     module = torch.get_device_module(device)
     return nullcontext() if module.current_device() == device.index else module.device(device)
+
+
+def _turned(exponent: int) -> int:
+    """The lowest bit of a byte as its highest: bf16 has it in another byte than the others."""
+    return exponent >> 1 | (exponent & 1) << 7
 
 
 def _word(exponents: tuple[int, ...]) -> int:

@@ -1,7 +1,8 @@
 """Packs a unit: coded pieces for the tensors that shrink, the other bytes as they are. Torch operations only.
 
-The device is asked twice for numbers: for samples of all exponents, to choose the tables, and for the escapes of
-all blocks, which say where pieces end and how long each is. Then every byte of the result has its place.
+The device is asked twice for numbers: for samples of all exponents, to choose the tables, and for how many rare
+codes and exceptions each block has, which says where pieces end and how long each is. Then every byte of the result
+has its place.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from ..slab import ALIGNMENT, Layout
 from . import cutting
 from .cutting import Run
-from .formats import COMMON, FORMATS, SPELLED, Format, choose_table, symbols
-from .piece import BLOCK, RARE_BITS, Piece, packed_nbytes
+from .formats import COMMON, EXCEPTION, FORMATS, Format, choose_table, symbols
+from .piece import BLOCK, LOWER_BITS, PLACE_BITS, RARE_BITS, UPPER_BITS, Piece, packed_nbytes
 
 SMALLEST = (
     128 * 1024
@@ -97,17 +98,17 @@ def _cut_coded(slab: torch.Tensor, runs: Sequence[Run], slot_nbytes: int) -> dic
     """The pieces of each run that shrinks enough; their sources count from the run's first packed byte."""
     if not runs:
         return {}
-    counts = torch.stack([_sample(slab, run) for run in runs]).tolist()
+    samples = torch.stack([_sample(slab, run) for run in runs]).tolist()
     tables = [
-        choose_table(row[: FORMATS[run.format].exponents]) for row, run in zip(counts, runs, strict=True)
+        choose_table(row[: FORMATS[run.format].exponents]) for row, run in zip(samples, runs, strict=True)
     ]
-    escapes = [_count_escapes(slab, run, table) for run, table in zip(runs, tables, strict=True)]
-    told = torch.cat(escapes, dim=1).tolist()
+    counts = [_count(slab, run, table) for run, table in zip(runs, tables, strict=True)]
+    told = torch.cat(counts, dim=1).tolist()
     cuts, first = {}, 0
-    for run, table, each in zip(runs, tables, escapes, strict=True):
+    for run, table, each in zip(runs, tables, counts, strict=True):
         last = first + each.shape[1]
-        rare, spelled = (row[first:last] for row in told)
-        cuts[run] = cutting.cut_coded(run, table, rare, spelled, slot_nbytes)
+        rare, exceptions = (row[first:last] for row in told)
+        cuts[run] = cutting.cut_coded(run, table, rare, exceptions, slot_nbytes)
         first = last
     return cuts
 
@@ -124,26 +125,13 @@ def _sample(slab: torch.Tensor, run: Run) -> torch.Tensor:
     return (exponents.unsqueeze(0) == every.unsqueeze(1)).sum(dim=1)
 
 
-def _count_escapes(slab: torch.Tensor, run: Run, table: Sequence[int]) -> torch.Tensor:
-    """For each block, how many elements have a rare code, and how many are spelled out: int32 (2, blocks)."""
+def _count(slab: torch.Tensor, run: Run, table: Sequence[int]) -> torch.Tensor:
+    """For each block, how many elements have a rare code, and how many are exceptions: int32 (2, blocks)."""
     made = FORMATS[run.format]
     elements = slab[run.start : run.stop].view(made.integer)
     places = _places(table, made, slab.device)
-    counts = []
-    for chunk in elements.split(_CHUNK):
-        found = places.index_select(0, _exponents(chunk, made))
-        if len(found) % BLOCK:
-            found = torch.nn.functional.pad(found, (0, -len(found) % BLOCK))  # 0 is no escape
-        found = found.view(-1, BLOCK)
-        counts.append(
-            torch.stack(
-                [
-                    (found >= COMMON).sum(dim=1, dtype=torch.int32),
-                    (found == SPELLED).sum(dim=1, dtype=torch.int32),
-                ]
-            )
-        )
-    return torch.cat(counts, dim=1)
+    chunks = elements.split(_CHUNK)
+    return torch.cat([_per_block(places.index_select(0, _exponents(chunk, made))) for chunk in chunks], dim=1)
 
 
 def _exponents(elements: torch.Tensor, made: Format) -> torch.Tensor:
@@ -170,23 +158,31 @@ def _encode(slab: torch.Tensor, piece: Piece, out: torch.Tensor) -> None:
         chunk, part = elements[first:last].to(torch.int32), found[first:last]
         torch.index_select(places, 0, _exponents(chunk, made), out=part)
         _write_rest(chunk, made, streams.rest, first, out)
-        _write(out, streams.codes, part.clamp(max=COMMON), 2, first)
-        counts.append(torch.stack([_per_block(part >= COMMON), _per_block(part == SPELLED)]))
+        codes = part.clamp(max=COMMON).masked_fill_(
+            part == EXCEPTION, 0
+        )  # what it says of these is never used
+        _write(out, streams.codes, codes, 2, first)
+        counts.append(_per_block(part))
     # To select is to wait for the device, so it is done once for the piece, not for each chunk.
-    unnamed = elements[found == SPELLED].to(torch.int32)
-    _put(out, streams.spelled, _exponents(unnamed, made).to(torch.uint8))
-    rare = found[found >= COMMON] - COMMON
+    rare = found[(found >= COMMON) & (found < EXCEPTION)] - COMMON
     _write_rare(out, streams.rare, torch.nn.functional.pad(rare, (0, -piece.rare % 8)))
+    listed = (found == EXCEPTION).nonzero().view(-1)
+    exponents = _exponents(elements[listed], made)
+    entries = (listed.to(torch.int32) & (BLOCK - 1)) | (exponents << PLACE_BITS)
+    _put(out, streams.exceptions, entries.to(torch.int16).view(torch.uint8))
+    _write(out, streams.uppers, (exponents >> LOWER_BITS).to(torch.uint8), UPPER_BITS, 0)
     per_block = torch.cat(counts, dim=1)
     starts = (per_block.cumsum(dim=1) - per_block).to(torch.int32)
     _put(out, streams.starts, starts.view(-1).view(torch.uint8))
 
 
-def _per_block(mask: torch.Tensor) -> torch.Tensor:
-    """How many elements of each block are set: int32."""
-    if len(mask) % BLOCK:
-        mask = torch.nn.functional.pad(mask, (0, -len(mask) % BLOCK))
-    return mask.view(-1, BLOCK).sum(dim=1, dtype=torch.int32)
+def _per_block(found: torch.Tensor) -> torch.Tensor:
+    """Of these places in a table, how many of each block are rare, and how many exceptions: int32 (2, blocks)."""
+    if len(found) % BLOCK:
+        found = torch.nn.functional.pad(found, (0, -len(found) % BLOCK))  # 0 is neither
+    found = found.view(-1, BLOCK)
+    exceptions = (found == EXCEPTION).sum(dim=1, dtype=torch.int32)
+    return torch.stack([(found >= COMMON).sum(dim=1, dtype=torch.int32) - exceptions, exceptions])
 
 
 def _write_rest(

@@ -15,11 +15,14 @@ from ..slab import align
 from ..tiers.strictjson import keys, mapping, sequence, sizes
 from .formats import ENTRIES, FORMATS, Format
 
-VERSION = 1
-BLOCK = 4096  # elements that are decoded side by side; where their escapes begin is stored
+VERSION = 2
+BLOCK = 4096  # elements that are decoded side by side; where their rare codes and exceptions begin is stored
 SOURCE_ALIGNMENT = 256  # of a piece among the packed bytes
 STREAM_ALIGNMENT = 128  # of a stream within its piece: one line of a GPU's cache
 RARE_BITS = 3
+PLACE_BITS = 12  # of an exception within its block
+LOWER_BITS = 4  # of its exponent, that make the place 16 bits
+UPPER_BITS = 4  # the others, which lie apart
 LARGEST = 128 * 2**20  # packed bytes of a piece: positions in bits fit 32 bits
 
 
@@ -29,8 +32,10 @@ class Streams:
 
     Attributes:
         starts: for each block, how many rare codes were stored before it; then, for each block, how many
-            exponents were spelled out before it (int32, little endian).
-        spelled: one byte for each element whose rare code is 7: its exponent.
+            exceptions (int32, little endian).
+        exceptions: 16 bits for each element whose exponent has no code: its place in its block in the lowest 12,
+            the lowest 4 bits of its exponent above them.
+        uppers: for each of these the other 4 bits of its exponent.
         rare: 3 bits for each element whose code is 3, filled up to whole groups of 8 in 3 bytes.
         codes: 2 bits for each element.
         rest: one stream for each of `Format.fields`.
@@ -38,14 +43,15 @@ class Streams:
     """
 
     starts: int
-    spelled: int
+    exceptions: int
+    uppers: int
     rare: int
     codes: int
     rest: tuple[int, ...]
     nbytes: int
 
 
-def lay_out_streams(made: Format, elements: int, rare: int, spelled: int) -> Streams:
+def lay_out_streams(made: Format, elements: int, rare: int, exceptions: int) -> Streams:
     """Lay the streams of a piece out.
 
     Those in which a position depends on what is stored come first: a block that reads as much of them as any block
@@ -54,11 +60,12 @@ def lay_out_streams(made: Format, elements: int, rare: int, spelled: int) -> Str
     offset, offsets = 0, []
     blocks = -(-elements // BLOCK)
     fixed = (bits(elements, width) for width in (2, *made.fields))
-    for nbytes in (8 * blocks, spelled, bits(align(rare, 8), RARE_BITS), *fixed):
+    listed = (2 * exceptions, bits(exceptions, UPPER_BITS))
+    for nbytes in (8 * blocks, *listed, bits(align(rare, 8), RARE_BITS), *fixed):
         offsets.append(offset)
         end = offset + nbytes
         offset = align(end, STREAM_ALIGNMENT)
-    return Streams(*offsets[:4], tuple(offsets[4:]), align(end, 16))
+    return Streams(*offsets[:5], tuple(offsets[5:]), align(end, 16))
 
 
 def bits(count: int, width: int) -> int:
@@ -72,7 +79,7 @@ class Piece:
 
     Attributes:
         format: name of the elements' format; None if the bytes are stored as they are.
-        rare, spelled: how many elements have a rare code, and how many of these have their exponent spelled out.
+        rare, exceptions: how many elements have a rare code, and of how many the exponent has none.
         table: the exponents that have a code, the `COMMON` first, then the `RARE`.
     """
 
@@ -81,7 +88,7 @@ class Piece:
     source: int
     format: str | None = None
     rare: int = 0
-    spelled: int = 0
+    exceptions: int = 0
     table: tuple[int, ...] = field(default=())
 
     @property
@@ -92,7 +99,7 @@ class Piece:
     @cached_property
     def streams(self) -> Streams:
         """Where the streams lie; only for a coded piece."""
-        return lay_out_streams(FORMATS[self.format], self.elements, self.rare, self.spelled)
+        return lay_out_streams(FORMATS[self.format], self.elements, self.rare, self.exceptions)
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +140,8 @@ def _entry(piece: Piece) -> dict[str, Any]:
     if piece.format is not None:
         entry |= {
             "format": piece.format,
-            "escapes": [piece.rare, piece.spelled],
+            "rare": piece.rare,
+            "exceptions": piece.exceptions,
             "table": list(piece.table),
         }
     return entry
@@ -151,7 +159,9 @@ def from_json(raw: object, packed: int, slab: int) -> tuple[Piece, ...]:
     told = mapping(raw, "the description of packed bytes")
     keys(told, "version", "pieces")
     if type(told["version"]) is not int or told["version"] != VERSION:
-        raise ValueError(f"its packing is version {told['version']!r}, this program reads {VERSION}")
+        raise ValueError(
+            f"its packing is version {told['version']!r}, this program reads {VERSION}; convert the weights anew"
+        )
     pieces = tuple(_piece(mapping(entry, "a piece")) for entry in sequence(told["pieces"], "pieces"))
     check(pieces, packed, slab)
     return pieces
@@ -159,16 +169,17 @@ def from_json(raw: object, packed: int, slab: int) -> tuple[Piece, ...]:
 
 def _piece(entry: dict[str, Any]) -> Piece:
     coded = "format" in entry
-    keys(entry, "slab", "source", *(("format", "escapes", "table") if coded else ()))
+    keys(entry, "slab", "source", *(("format", "rare", "exceptions", "table") if coded else ()))
     ends, (source,) = sizes(entry["slab"], "slab"), sizes([entry["source"]], "source")
     if len(ends) != 2:
         raise ValueError("a piece of a slab has a start and a stop")
     if not coded:
         return Piece(*ends, source)
-    escapes, table = sizes(entry["escapes"], "escapes"), sizes(entry["table"], "table")
-    if not isinstance(entry["format"], str) or entry["format"] not in FORMATS or len(escapes) != 2:
+    counts = sizes([entry["rare"], entry["exceptions"]], "rare and exceptions")
+    table = sizes(entry["table"], "table")
+    if not isinstance(entry["format"], str) or entry["format"] not in FORMATS:
         raise ValueError(f"a piece's format is {entry['format']!r}, which is not known here")
-    return Piece(*ends, source, entry["format"], *escapes, table)
+    return Piece(*ends, source, entry["format"], *counts, table)
 
 
 def check(pieces: Sequence[Piece], packed: int, slab: int) -> None:
@@ -194,9 +205,9 @@ def _check_coded(piece: Piece) -> None:
     made = FORMATS[piece.format]
     if (piece.stop - piece.start) % made.itemsize or piece.start % made.itemsize:
         raise ValueError(f"a piece from byte {piece.start} to {piece.stop} is cut within an element")
-    if not 0 <= piece.spelled <= piece.rare <= piece.elements:
+    if min(piece.rare, piece.exceptions) < 0 or piece.rare + piece.exceptions > piece.elements:
         raise ValueError(
-            f"{piece.rare} and {piece.spelled} escapes are too many for {piece.elements} elements"
+            f"{piece.rare} rare codes and {piece.exceptions} exceptions are too many for {piece.elements} elements"
         )
     if len(piece.table) != ENTRIES or not all(0 <= e < made.exponents for e in piece.table):
         raise ValueError(f"a table of exponents is {piece.table}")

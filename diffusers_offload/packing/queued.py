@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from .decoder import add_rest
+from .decoder import add_rest, put_exceptions
 from .formats import COMMON, FORMATS, RARE, Format
 from .piece import RARE_BITS, Piece
 
@@ -30,17 +30,11 @@ def decode_queued(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None
     elements = common.index_select(0, codes).view(-1)[: len(out)]
     if piece.rare:
         flags = escapes.index_select(0, codes).view(-1)[: len(out)]
-        rare_codes = _rare_codes(staged, streams.rare, piece.rare)
-        bits = rare.index_select(0, rare_codes)
-        if piece.spelled:
-            unnamed = (rare_codes == RARE).to(torch.uint8)
-            exponents = staged[streams.spelled : streams.spelled + piece.spelled] & (made.exponents - 1)
-            spelled = exponents.to(made.integer) << made.mantissa_bits
-            spelled = spelled.index_select(0, _ranks(unnamed, piece.spelled))
-            bits = torch.where(unnamed == 1, spelled, bits)
+        bits = rare.index_select(0, _rare_codes(staged, streams.rare, piece.rare))
         bits = bits.index_select(0, _ranks(flags, piece.rare))
         elements = torch.where(flags == 1, bits, elements)
     add_rest(made, streams.rest, staged, elements, 0, out)
+    put_exceptions(piece, staged, out)
 
 
 @lru_cache(_TABLES)
@@ -54,8 +48,7 @@ def _tables(
         codes = torch.arange(256).unsqueeze(1) >> torch.arange(0, 8, 2) & 3
         escapes = (codes == COMMON).to(torch.uint8)
         common = torch.where(escapes == 1, len(table), codes)
-        rare = [*range(COMMON, COMMON + RARE), len(table)]
-        return bits[common].to(device), escapes.to(device), bits[rare].to(device)
+        return bits[common].to(device), escapes.to(device), bits[COMMON : COMMON + RARE].to(device)
 
 
 def _rare_codes(staged: torch.Tensor, offset: int, count: int) -> torch.Tensor:
@@ -64,7 +57,7 @@ def _rare_codes(staged: torch.Tensor, offset: int, count: int) -> torch.Tensor:
     three = staged[offset : offset + eights * RARE_BITS].view(-1, RARE_BITS).to(torch.int32)
     words = three[:, 0] | three[:, 1] << 8 | three[:, 2] << 16
     shifts = torch.arange(0, 8 * RARE_BITS, RARE_BITS, dtype=torch.int32, device=staged.device)
-    return (words.unsqueeze(1) >> shifts & RARE).view(-1)[:count]
+    return (words.unsqueeze(1) >> shifts & (RARE - 1)).view(-1)[:count]
 
 
 def _ranks(flags: torch.Tensor, count: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ _SEED = 0
 def agrees(device: torch.device, name: str) -> bool:
     """Whether kernel and torch operations unpack weights of the format called `name` alike on `device`.
 
-    The weights have escapes of both kinds, whole blocks, and a last one that is not whole.
+    The weights have rare exponents and exceptions, whole blocks, and a last one that is not whole.
     """
     made = FORMATS[name]
     count = 3 * BLOCK + 1001
@@ -37,7 +37,9 @@ def agrees(device: torch.device, name: str) -> bool:
     layout = Layout((place,), (Region(Span(0, 0, len(slab)), 0),), len(slab))
     packed = pack(slab, layout, 2**20, smallest=0)
     (piece,) = packed.pieces
-    assert piece.format == made.name and piece.spelled, "the weights of the trial have to be coded"
+    assert piece.format == made.name and piece.rare and piece.exceptions, (
+        "the weights of the trial have to be coded"
+    )
     ways = torch.zeros_like(slab), torch.zeros_like(slab)
     decode_queued(piece, packed.bytes, ways[0])
     launch(piece, packed.bytes, ways[1])

@@ -12,7 +12,7 @@ from diffusers_offload.arena import capacity_for
 from diffusers_offload.component import Component
 from diffusers_offload.planning import spread
 from diffusers_offload.planning.planner import choose_residents
-from diffusers_offload.planning.spread import Timed, better_residents, with_residents
+from diffusers_offload.planning.spread import Timed, better_residents, undisturbed, with_residents
 from diffusers_offload.planning.timeline import Copying, Work, place, simulate
 
 MIB = 2**20
@@ -130,39 +130,73 @@ def test_another_unit_among_the_timed_ones_proves_nothing():
     assert better_residents(timed, units, 0.5) is None
 
 
-def test_of_two_timed_forwards_the_shorter_counts(monkeypatch):
-    """A forward that is timed may be held up by whatever else the host does."""
-    works = [Work((MIB,), (seconds,), (0.0,)) for seconds in (0.3, 0.1, 0.2)]
-    watches = [
-        SimpleNamespace(stop=lambda: None, read=lambda units, work=work: (work, RATE)) for work in works
+def watch_of(work, rate=RATE):
+    return SimpleNamespace(stop=lambda: None, used=lambda units: True, read=lambda units: (work, rate))
+
+
+def parted(*units):
+    component = Component("net", nn.Linear(1, 1))
+    component.shares, component.known = True, True
+    component.residents, component.streamed = [Unit(MIB)], list(units)
+    return component
+
+
+def test_of_timed_forwards_each_part_counts_where_it_was_shortest(monkeypatch):
+    """Any part of a forward that is timed may be held up by whatever else the host does."""
+    times = [
+        ((0.3, 0.1), (0.0, 0.2)),
+        ((0.1, 0.2), (0.3, 0.1)),
+        ((0.2, 0.2), (0.1, 0.3)),
+        ((0.2, 0.3), (0.2, 0.2)),
     ]
+    watches = [watch_of(Work((MIB, MIB), *each), RATE + at) for at, each in enumerate(times)]
     waiting = iter(watches)
     monkeypatch.setattr(spread, "Stopwatch", lambda streams: next(waiting))
     spreads = spread.Spreads(SimpleNamespace(asynchronous=True))
-    unit = Unit(MIB)
-    component = Component("net", nn.Linear(1, 1))
-    component.shares, component.known = True, True
-    component.residents, component.streamed = [unit], [unit]
+    component = parted(Unit(MIB), Unit(MIB))
     assert spreads.begin(component) is None  # the first forward of a call waits for more
     spreads.end(component, True, 4 * MIB)
-    for watch in watches[:2]:
+    for watch in watches:
         assert spreads.begin(component) is watch
         spreads.end(component, True, 4 * MIB)
     assert spreads.begin(component) is None
     spreads.end(component, True, 4 * MIB)
-    assert spreads.take(component).work is works[1]
+    timed = spreads.take(component)
+    assert (timed.work.compute, timed.work.gaps, timed.rate) == ((0.1, 0.1), (0.0, 0.1), RATE + 3)
     assert spreads.begin(component) is None and spreads.take(component) is None
 
 
+def test_forwards_that_differ_are_not_mixed():
+    units = (Unit(MIB), Unit(MIB))
+    slow, fast = (Work((MIB,) * 2, (each,) * 2, (0.0,) * 2) for each in (0.3, 0.1))
+    turned = Work((MIB,) * 2, (0.1,) * 2, (0.0,) * 2, (1, 0))
+    for other in (
+        Timed(units[::-1], fast, RATE, MIB),
+        Timed(units, fast, RATE, 2 * MIB),
+        Timed(units, turned, RATE, MIB),
+    ):
+        assert undisturbed([other, Timed(units, slow, RATE, MIB)]).work == slow
+    assert undisturbed([]) is None
+
+
+def test_a_forward_that_copied_nothing_tells_nothing(monkeypatch):
+    monkeypatch.setattr(spread, "Stopwatch", lambda streams: watch_of(Work((MIB,), (0.1,), (0.0,)), None))
+    spreads = spread.Spreads(SimpleNamespace(asynchronous=True))
+    component = parted(Unit(MIB))
+    component.runs = 1
+    assert spreads.begin(component) is not None
+    spreads.end(component, True, 4 * MIB)
+    assert spreads.take(component) is None
+
+
 def test_what_was_timed_is_timed_anew_if_it_was_forgotten_before_anybody_used_it(monkeypatch):
-    watch = SimpleNamespace(stop=lambda: None, read=lambda units: (Work((MIB,), (0.1,), (0.0,)), RATE))
+    watch = watch_of(Work((MIB,), (0.1,), (0.0,)))
     monkeypatch.setattr(spread, "Stopwatch", lambda streams: watch)
     spreads = spread.Spreads(SimpleNamespace(asynchronous=True))
-    component = Component("net", nn.Linear(1, 1))
-    component.shares, component.known, component.runs = True, True, 1
-    component.residents, component.streamed = [Unit(MIB)], [Unit(MIB)]
+    component = parted(Unit(MIB))
+    component.runs = 1
     for _ in range(2):
-        for _ in range(2):
+        for _ in range(spread._FORWARDS):
             assert spreads.begin(component) is watch
             spreads.end(component, True, 4 * MIB)
         assert spreads.begin(component) is None

@@ -2,14 +2,14 @@
 
 Blocks of one model differ in how long they compute per byte: FLUX's double blocks take a bus twice as long as its
 single ones for the same computing. An even spread then waits in one half of the model and leaves the bus idle in the
-other. So two forwards are timed, and if another choice of as many bytes is predicted to be clearly faster, it is taken
+other. So some forwards are timed, and if another choice of as many bytes is predicted to be clearly faster, it is taken
 before the next call, once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..component import Component, Unit
     from ..streams import Streams
 
-_FORWARDS = 2  # timed, of which the shorter counts: one may be held up by whatever else the host does
+_FORWARDS = 4  # timed at most; any part of one may be held up by whatever else the host does
 _WORTH = 0.02  # of a step: what another choice must gain to be worth moving weights for
 _LEEWAY = 0.01  # of the bytes: so much more may stream, where blocks do not add up to the share
 _REPAIRS = 128  # choices tried at most where the best one has not the bytes that are asked for
@@ -49,12 +49,12 @@ class Timed:
 
 
 class Spreads:
-    """Times two forwards of components some of whose units stay."""
+    """Times forwards of components some of whose units stay."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
         self._count: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # of forwards that were timed
-        self._timed: dict[Component, Timed] = {}
+        self._watched: dict[Component, list[_Watched]] = {}
         self._watch: Stopwatch | None = None
 
     def begin(self, component: Component) -> Stopwatch | None:
@@ -78,25 +78,60 @@ class Spreads:
         if watch is None or not completed:
             return
         watch.stop()
-        read = watch.read(component.streamed)
-        if read is None:  # it used none of them: another forward will tell
+        if not watch.used(component.streamed):  # another forward will tell
             return
         self._count[component.module] = self._count.get(component.module, 0) + 1
-        before, (work, rate) = self._timed.get(component), read
-        if rate is not None and (before is None or work.seconds < before.work.seconds):
-            self._timed[component] = Timed(tuple(component.streamed), work, rate, capacity)
+        # It is read later: to wait for the device now would let it wait for the host in the next forward.
+        watched = _Watched(watch, tuple(component.streamed), capacity)
+        self._watched.setdefault(component, []).append(watched)
 
     def take(self, component: Component) -> Timed | None:
-        """What was timed of `component`, once: nothing is timed any longer."""
-        timed = self._timed.pop(component, None)
-        if timed is not None:
-            self._count[component.module] = _FORWARDS
-        return timed
+        """What was timed of `component`, once: nothing is timed any longer. Waits for the device."""
+        watched = self._watched.pop(component, [])
+        if not watched:
+            return None
+        self._count[component.module] = _FORWARDS
+        return undisturbed([timed for each in watched if (timed := each.read()) is not None])
 
     def forget(self, component: Component) -> None:
         """What was timed holds no longer; if nobody has taken it, other forwards will be."""
-        if self._timed.pop(component, None) is not None:
+        if self._watched.pop(component, None) is not None:
             self._count.pop(component.module, None)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A forward that was timed, and what streamed in it; `capacity` is that of the arena."""
+
+    watch: Stopwatch
+    streamed: tuple[Unit, ...]
+    capacity: int
+
+    def read(self) -> Timed | None:
+        """None if nothing was copied in it that tells the bus's rate."""
+        work, rate = self.watch.read(list(self.streamed)) or (None, None)
+        return Timed(self.streamed, work, rate, self.capacity) if rate is not None else None
+
+
+def undisturbed(several: Sequence[Timed]) -> Timed | None:
+    """One forward from several: of each part the shortest, for each may be held up by itself. None if there is none.
+
+    The last one says which others are alike.
+    """
+    if not several:
+        return None
+    last = several[-1]
+    alike = [each for each in several if _kind(each) == _kind(last)]
+    compute, gaps = (
+        tuple(map(min, zip(*(getattr(each.work, part) for each in alike), strict=True)))
+        for part in ("compute", "gaps")
+    )
+    work = replace(last.work, compute=compute, gaps=gaps)
+    return replace(last, work=work, rate=max(each.rate for each in alike))
+
+
+def _kind(timed: Timed) -> tuple:
+    return timed.streamed, timed.capacity, timed.work.sizes, timed.work.order
 
 
 def better_residents(timed: Timed, units: Sequence[Unit], ratio: float) -> frozenset[int] | None:

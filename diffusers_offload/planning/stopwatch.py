@@ -54,6 +54,10 @@ class Stopwatch:
         """The forward is queued."""
         self._end = self._event(self._streams.current())
 
+    def used(self, units: list[Unit]) -> bool:
+        """Whether one of `units` ran."""
+        return any(use[0] in units for use in self._uses)
+
     def read(self, units: list[Unit]) -> tuple[Work, float | None] | None:
         """(what `units` computed, bytes a second of the copies), None if none of them ran; waits for the device.
 

@@ -15,6 +15,7 @@ from .component import Component
 from .engine import Engine
 from .log import logger
 from .packing import unpacks_fast
+from .planning import spread
 from .statedicts import TrueStates
 from .target import Target, build_component, owners_in
 from .tiers.mapped import veil_of
@@ -172,9 +173,10 @@ class Held:
     def _spread(self) -> None:
         """Let others of its units stay, if a timed forward has shown that this is faster."""
         before = self.target
-        timed = self.engine.keeping.spreads.take(self.component)
+        watched = self.engine.keeping.spreads.take(self.component)
         if any(handle.limits.host is not None for handle in self.owners):  # the host may get more to hold
             return
+        timed = spread.read(watched)
         better = before.respread(self.component, timed) if timed is not None else None
         if better is None:
             return

@@ -13,7 +13,7 @@ import mmap
 import torch
 from packed_units import DTYPES, SLOT, patterns, slab_of, weights
 
-from diffusers_offload.packing import cutting, pack, trial
+from diffusers_offload.packing import cutting, kernels, pack, trial
 from diffusers_offload.packing.decoder import decode
 from diffusers_offload.packing.formats import FORMATS
 from diffusers_offload.packing.kernels import launch
@@ -83,10 +83,19 @@ def check_corrupt(numbers: torch.Tensor) -> None:
                 launched(piece, noise, at_end)
 
 
+def check_exceptions_apart() -> None:
+    """The way of devices whose barrier does not order memory: a kernel of its own."""
+    kernels._APART = ("cpu",)
+    for name in FORMATS:
+        assert trial.agrees(torch.device("cpu"), name)
+    check_corrupt(weights(2 * BLOCK + 77, torch.bfloat16))
+
+
 def main() -> None:
     cutting.LEAST_SAVING = -1e-9  # a tensor is coded even if that makes it longer
     for name in FORMATS:
         check_format(name)
+    check_exceptions_apart()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from packed_units import DTYPES, SLOT, UNTOUCHED, patterns, same_regions, slab_o
 from diffusers_offload.packing import (
     Piece,
     batches,
+    check,
     cutting,
     decoder,
     expected_nbytes,
@@ -359,6 +360,14 @@ def test_what_reaches_outside_is_refused():
         from_json(description, len(packed) - 1024, nbytes)
 
 
+@pytest.mark.parametrize(("rare", "exceptions"), [(-1, 0), (0, -1), (5001, 0), (0, 5001), (2500, 2501)])
+def test_more_codes_than_elements_are_refused_whatever_bytes_there_are(rare, exceptions):
+    table = tuple(range(ENTRIES))
+    check([Piece(0, 2 * 5000, 0, "bf16", 2500, 2500, table)], 2**20, 2 * 5000)
+    with pytest.raises(ValueError, match="too many for 5000 elements"):
+        check([Piece(0, 2 * 5000, 0, "bf16", rare, exceptions, table)], 2**20, 2 * 5000)
+
+
 def test_whatever_is_accepted_lies_inside():
     description, packed, nbytes = good()
     dice = random.Random(0)
@@ -374,6 +383,9 @@ def test_whatever_is_accepted_lies_inside():
                 entry[key][place] = dice.choice([entry[key][place] + step, 0, dice.randrange(nbytes)])
             elif key == "source":
                 entry[key] = dice.choice([0, entry[key] + 256, entry[key] - 256, len(packed)])
+            elif key in ("rare", "exceptions"):
+                step = dice.choice([-1, 1, 2, 8, 300, 2**31, -(2**63)])
+                entry[key] = dice.choice([entry[key] + step, 0, dice.randrange(nbytes)])
             else:
                 entry[key] = dice.choice(list(FORMATS))
         try:

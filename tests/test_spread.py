@@ -130,8 +130,8 @@ def test_another_unit_among_the_timed_ones_proves_nothing():
     assert better_residents(timed, units, 0.5) is None
 
 
-def watch_of(work, rate=RATE):
-    return SimpleNamespace(stop=lambda: None, used=lambda units: True, read=lambda units: (work, rate))
+def watch_of(work, rate=RATE, used=True):
+    return SimpleNamespace(stop=lambda: None, used=lambda units: used, read=lambda units: (work, rate))
 
 
 def parted(*units):
@@ -161,9 +161,41 @@ def test_of_timed_forwards_each_part_counts_where_it_was_shortest(monkeypatch):
         spreads.end(component, True, 4 * MIB)
     assert spreads.begin(component) is None
     spreads.end(component, True, 4 * MIB)
-    timed = spreads.take(component)
+    timed = spread.read(spreads.take(component))
     assert (timed.work.compute, timed.work.gaps, timed.rate) == ((0.1, 0.1), (0.0, 0.1), RATE + 3)
-    assert spreads.begin(component) is None and spreads.take(component) is None
+    assert spreads.begin(component) is None and spreads.take(component) == []
+
+
+def test_nobody_waits_for_a_timed_forward_before_it_is_read(monkeypatch):
+    """A host that waits for the device lets the device wait for it in the next forward."""
+    waited = []
+    watch = watch_of(Work((MIB,), (0.1,), (0.0,)))
+    watch.read = lambda units: (waited.append(units), RATE)
+    monkeypatch.setattr(spread, "Stopwatch", lambda streams: watch)
+    spreads = spread.Spreads(SimpleNamespace(asynchronous=True))
+    component = parted(Unit(MIB))
+    component.runs = 1
+    spreads.begin(component)
+    spreads.end(component, True, 4 * MIB)
+    (watched,) = spreads.take(component)
+    assert not waited
+    watched.read()
+    assert waited == [component.streamed]
+
+
+def test_a_forward_that_used_no_unit_is_not_counted(monkeypatch):
+    watches = iter(
+        [watch_of(None, None, used=False), *[watch_of(Work((MIB,), (0.1,), (0.0,)))] * spread._FORWARDS]
+    )
+    monkeypatch.setattr(spread, "Stopwatch", lambda streams: next(watches))
+    spreads = spread.Spreads(SimpleNamespace(asynchronous=True))
+    component = parted(Unit(MIB))
+    component.runs = 1
+    for _ in range(1 + spread._FORWARDS):
+        assert spreads.begin(component) is not None
+        spreads.end(component, True, 4 * MIB)
+    assert spreads.begin(component) is None
+    assert len(spreads.take(component)) == spread._FORWARDS
 
 
 def test_forwards_that_differ_are_not_mixed():
@@ -186,7 +218,7 @@ def test_a_forward_that_copied_nothing_tells_nothing(monkeypatch):
     component.runs = 1
     assert spreads.begin(component) is not None
     spreads.end(component, True, 4 * MIB)
-    assert spreads.take(component) is None
+    assert spread.read(spreads.take(component)) is None
 
 
 def test_what_was_timed_is_timed_anew_if_it_was_forgotten_before_anybody_used_it(monkeypatch):
@@ -203,6 +235,6 @@ def test_what_was_timed_is_timed_anew_if_it_was_forgotten_before_anybody_used_it
         spreads.forget(component)
     assert spreads.begin(component) is watch
     spreads.end(component, True, 4 * MIB)
-    assert spreads.take(component) is not None
+    assert spreads.take(component)
     spreads.forget(component)
     assert spreads.begin(component) is None

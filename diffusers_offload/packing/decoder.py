@@ -53,20 +53,20 @@ def put_exceptions(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> Non
 
     All sizes are known, so that a device is not waited for.
     """
-    made, streams, count = FORMATS[piece.format], piece.streams, piece.exceptions
-    if not count:
-        return
+    made, streams = FORMATS[piece.format], piece.streams
     blocks = -(-piece.elements // BLOCK)
     at = streams.starts + 4 * blocks
     starts = staged[at : at + 4 * blocks].view(torch.int32)
-    entries = _read(staged, streams.exceptions, 16, 0, count)
-    ranks = torch.arange(count, dtype=torch.int32, device=staged.device)
-    block = torch.searchsorted(starts, ranks, right=True).sub_(1).clamp_(min=0)
-    index = block.mul_(BLOCK).add_(entries & (BLOCK - 1)).clamp_(max=len(out) - 1)
-    upper = _read(staged, streams.uppers, UPPER_BITS, 0, count).to(torch.int32)
-    exponents = ((entries >> PLACE_BITS) | (upper << LOWER_BITS)) & (made.exponents - 1)
-    rest = out.index_select(0, index).bitwise_and_(_rest_bits(made))
-    out.index_copy_(0, index, rest.bitwise_or_(exponents.to(made.integer) << made.mantissa_bits))
+    for first in range(0, piece.exceptions, _CHUNK):
+        last = min(first + _CHUNK, piece.exceptions)
+        ranks = torch.arange(first, last, dtype=torch.int32, device=staged.device)
+        entries = _read(staged, streams.exceptions, 16, first, last - first)
+        upper = _read(staged, streams.uppers, UPPER_BITS, first, last - first).to(torch.int32)
+        block = torch.searchsorted(starts, ranks, right=True).sub_(1).clamp_(min=0)
+        index = block.mul_(BLOCK).add_(entries & (BLOCK - 1)).clamp_(max=len(out) - 1)
+        exponents = ((entries >> PLACE_BITS) | (upper << LOWER_BITS)) & (made.exponents - 1)
+        rest = out.index_select(0, index).bitwise_and_(_rest_bits(made))
+        out.scatter_(0, index, rest.bitwise_or_(exponents.to(made.integer) << made.mantissa_bits))
 
 
 def _rest_bits(made: Format) -> int:

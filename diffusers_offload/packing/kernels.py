@@ -10,6 +10,7 @@ it is used, for the block or for the element: whatever the bytes are, nothing is
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -22,6 +23,7 @@ from .piece import BLOCK, Piece
 
 _WARPS = 4  # a pair of rows, 16 elements each, for each thread
 _REGISTERS = 40  # of a thread: what counts is how many blocks a processor has at a time
+_APART = ("xpu",)  # where a barrier need not order what is written to the device's memory
 _REMEMBERED = 8192  # pieces, a KiB each: a launch keeps the host as busy as the device
 
 
@@ -63,6 +65,15 @@ def _element(exponent, rest, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
     """An element's bits, int32."""
     sign = (rest << EXPONENT) & (-1 << (MANTISSA + EXPONENT))
     return sign | ((exponent & ((1 << EXPONENT) - 1)) << MANTISSA) | (rest & ((1 << MANTISSA) - 1))
+
+
+@triton.jit
+def _exceptions_of(source, block, blocks, exceptions, BLOCK: tl.constexpr):
+    """Which exceptions are a block's: the first, and the one behind the last."""
+    starts = source.to(tl.pointer_type(tl.int32)) + blocks + block
+    first = tl.minimum(tl.maximum(tl.load(starts), 0), exceptions)
+    last = tl.load(starts + 1, mask=block + 1 < blocks, other=exceptions)
+    return first, tl.minimum(tl.minimum(last, exceptions), first + BLOCK)
 
 
 @triton.jit
@@ -279,6 +290,7 @@ def _unpack(
     TURNED: tl.constexpr,
     WORDS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     block = tl.program_id(0)
     left = elements - block * BLOCK
@@ -295,9 +307,7 @@ def _unpack(
         r0, r1, r2, r3 = tl.join(p0, q0), tl.join(p1, q1), tl.join(p2, q2), tl.join(p3, q3)
     starts = source.to(tl.pointer_type(tl.int32)) + block
     first_rare = tl.minimum(tl.maximum(tl.load(starts), 0), rare)
-    first = tl.minimum(tl.maximum(tl.load(starts + blocks), 0), exceptions)
-    last = tl.load(starts + blocks + 1, mask=block + 1 < blocks, other=exceptions)
-    last = tl.minimum(tl.minimum(last, exceptions), first + BLOCK)
+    first, last = _exceptions_of(source, block, blocks, exceptions, BLOCK)
     inside = rare_at + (first_rare + BLOCK) * 3 // 8 + 16 <= nbytes
     out = out + block * BLOCK
     # fmt: off
@@ -309,8 +319,39 @@ def _unpack(
         _block(source, out, block, left, row, codes, r0, r1, r2, r3, first_rare, nbytes,
                common, rare_low, rare_high, rest0, rest1, rest2, rare_at,
                EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, TURNED, WORDS, ASSEMBLY, False)
-    tl.debug_barrier()  # what other threads wrote to these places comes first
-    _put_exceptions(source, out, block, left, first, last, rest0, rest1, rest2, exceptions_at, uppers_at,
+    if TOGETHER:
+        tl.debug_barrier()  # what other threads wrote to these places comes first
+        _put_exceptions(source, out, block, left, first, last, rest0, rest1, rest2, exceptions_at, uppers_at,
+                        EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, THREADS)
+    # fmt: on
+
+
+@triton.jit(do_not_specialize=["elements", "blocks", "exceptions"])
+def _except(
+    source,
+    out,
+    elements,
+    blocks,
+    exceptions,
+    rest0,
+    rest1,
+    rest2,
+    exceptions_at,
+    uppers_at,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    WIDTH0: tl.constexpr,
+    WIDTH1: tl.constexpr,
+    WIDTH2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """The exceptions alone, behind the other kernel."""
+    block = tl.program_id(0)
+    first, last = _exceptions_of(source, block, blocks, exceptions, BLOCK)
+    # fmt: off
+    _put_exceptions(source, out + block * BLOCK, block, elements - block * BLOCK, first, last,
+                    rest0, rest1, rest2, exceptions_at, uppers_at,
                     EXPONENT, MANTISSA, WIDTH0, WIDTH1, WIDTH2, BLOCK, THREADS)
     # fmt: on
 
@@ -322,29 +363,75 @@ def launch(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
         staged: uint8, the piece's packed bytes.
         out: uint8, as long as what the piece holds.
     """
-    integer, blocks, given = _arguments(piece)
+    given = _given(piece)
     nvidia = staged.device.type == "cuda" and torch.version.hip is None
     words = piece.format == "bf16" and out.data_ptr() % 16 == 0
+    together = staged.device.type not in _APART
+    tensors, threads = (staged, out.view(given.integer)), 32 * _WARPS
     with _on(staged.device):
-        _unpack[(blocks,)](
-            *(staged, out.view(integer), *given, BLOCK, 32 * _WARPS, piece.format == "bf16", words, nvidia),
+        _unpack[(given.blocks,)](
+            *(
+                *tensors,
+                *given.of_all,
+                *given.bits,
+                BLOCK,
+                threads,
+                piece.format == "bf16",
+                words,
+                nvidia,
+                together,
+            ),
             num_warps=_WARPS,
             **({"maxnreg": _REGISTERS} if nvidia else {}),
         )
+        if not together and piece.exceptions:
+            _except[(given.blocks,)](
+                *tensors, *given.of_exceptions, *given.bits, BLOCK, threads, num_warps=_WARPS
+            )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the kernels are given of a piece.
+
+    Attributes:
+        integer: the dtype of the elements.
+        of_all, of_exceptions: numbers for the one kernel, and for that of the exceptions alone.
+        bits: widths, for both.
+    """
+
+    integer: torch.dtype
+    blocks: int
+    of_all: tuple[int, ...]
+    of_exceptions: tuple[int, ...]
+    bits: tuple[int, ...]
 
 
 @lru_cache(_REMEMBERED)
-def _arguments(piece: Piece) -> tuple[torch.dtype, int, tuple[int, ...]]:
-    """The dtype of the elements, the number of blocks, and what the kernel is given of a piece."""
+def _given(piece: Piece) -> _Given:
     made, streams = FORMATS[piece.format], piece.streams
     blocks = -(-piece.elements // BLOCK)
-    counts = (piece.elements, blocks, streams.nbytes, piece.rare, piece.exceptions)
     table = tuple(map(_turned, piece.table)) if piece.format == "bf16" else piece.table
-    tables = table[:COMMON], table[COMMON : COMMON + 4], table[COMMON + 4 :]
+    tables = map(_word, (table[:COMMON], table[COMMON : COMMON + 4], table[COMMON + 4 :]))
     rest, widths = (*streams.rest, 0, 0)[:3], (*made.fields, 0, 0)[:3]
-    offsets = (*rest, streams.codes, streams.rare, streams.exceptions, streams.uppers)
-    bits = (made.exponent_bits, made.mantissa_bits, *widths)
-    return made.integer, blocks, (*counts, *map(_word, tables), *offsets, *bits)
+    counts, listed = (piece.elements, blocks), (streams.exceptions, streams.uppers)
+    return _Given(
+        made.integer,
+        blocks,
+        (
+            *counts,
+            streams.nbytes,
+            piece.rare,
+            piece.exceptions,
+            *tables,
+            *rest,
+            streams.codes,
+            streams.rare,
+            *listed,
+        ),
+        (*counts, piece.exceptions, *rest, *listed),
+        (made.exponent_bits, made.mantissa_bits, *widths),
+    )
 
 
 def _on(device: torch.device) -> AbstractContextManager[None]:

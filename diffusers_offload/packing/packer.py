@@ -169,7 +169,7 @@ def _encode(slab: torch.Tensor, piece: Piece, out: torch.Tensor) -> None:
     listed = (found == EXCEPTION).nonzero().view(-1)
     exponents = _exponents(elements[listed], made)
     entries = (listed.to(torch.int32) & (BLOCK - 1)) | (exponents << PLACE_BITS)
-    _put(out, streams.exceptions, entries.to(torch.int16).view(torch.uint8))
+    _put(out, streams.exceptions, (entries & 0xFFFF).to(torch.int16).view(torch.uint8))
     _write(out, streams.uppers, (exponents >> LOWER_BITS).to(torch.uint8), UPPER_BITS, 0)
     per_block = torch.cat(counts, dim=1)
     starts = (per_block.cumsum(dim=1) - per_block).to(torch.int32)

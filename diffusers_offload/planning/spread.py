@@ -8,7 +8,7 @@ before the next call, once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -54,7 +54,7 @@ class Spreads:
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
         self._count: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # of forwards that were timed
-        self._watched: dict[Component, list[_Watched]] = {}
+        self._watched: dict[Component, list[Watched]] = {}
         self._watch: Stopwatch | None = None
 
     def begin(self, component: Component) -> Stopwatch | None:
@@ -82,16 +82,14 @@ class Spreads:
             return
         self._count[component.module] = self._count.get(component.module, 0) + 1
         # It is read later: to wait for the device now would let it wait for the host in the next forward.
-        watched = _Watched(watch, tuple(component.streamed), capacity)
-        self._watched.setdefault(component, []).append(watched)
+        self._watched.setdefault(component, []).append(Watched(watch, tuple(component.streamed), capacity))
 
-    def take(self, component: Component) -> Timed | None:
-        """What was timed of `component`, once: nothing is timed any longer. Waits for the device."""
+    def take(self, component: Component) -> list[Watched]:
+        """The forwards of `component` that were timed, once: no others will be."""
         watched = self._watched.pop(component, [])
-        if not watched:
-            return None
-        self._count[component.module] = _FORWARDS
-        return undisturbed([timed for each in watched if (timed := each.read()) is not None])
+        if watched:
+            self._count[component.module] = _FORWARDS
+        return watched
 
     def forget(self, component: Component) -> None:
         """What was timed holds no longer; if nobody has taken it, other forwards will be."""
@@ -100,17 +98,22 @@ class Spreads:
 
 
 @dataclass(frozen=True)
-class _Watched:
-    """A forward that was timed, and what streamed in it; `capacity` is that of the arena."""
+class Watched:
+    """A forward that was timed, what streamed in it, and the bytes of the arena."""
 
     watch: Stopwatch
     streamed: tuple[Unit, ...]
     capacity: int
 
     def read(self) -> Timed | None:
-        """None if nothing was copied in it that tells the bus's rate."""
+        """None if nothing was copied in it that tells the bus's rate; waits for the device."""
         work, rate = self.watch.read(list(self.streamed)) or (None, None)
         return Timed(self.streamed, work, rate, self.capacity) if rate is not None else None
+
+
+def read(watched: Iterable[Watched]) -> Timed | None:
+    """What forwards took that were timed, undisturbed; None if none of them tells. Waits for the device."""
+    return undisturbed([timed for each in watched if (timed := each.read()) is not None])
 
 
 def undisturbed(several: Sequence[Timed]) -> Timed | None:

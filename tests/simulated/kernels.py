@@ -170,6 +170,30 @@ def _shapes_of(
     unknown = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     if any(isinstance(each, torch.Generator) for each in flat) or unknown & set(op.tags):
         return None
+    key = (op, structure, *map(_described, flat))
+    if key not in _OUTCOMES:
+        found, grew = _outcome(op, flat, structure)
+        if grew:  # which the next one like it will not
+            return _made(found, flat)
+        _OUTCOMES[key] = found
+    return _made(_OUTCOMES[key], flat)
+
+
+_OUTCOMES: dict[
+    tuple, Any
+] = {}  # by op and arguments' shapes: what `_outcome` said, which takes as long as the op
+
+
+def _described(value: Any) -> tuple:
+    """What of an argument the shapes of results follow from."""
+    if _is_tensor(value):
+        return torch.Tensor, tuple(value.shape), value.stride(), value.dtype
+    return type(value), value
+
+
+def _outcome(op: torch._ops.OpOverload, flat: list, structure: Any) -> tuple[Any, bool]:
+    """(the results' structure, and for each the rank of the argument that it is, or what it looks like, or itself),
+    None if unknown; and whether a result that was given grew."""
     metas = [
         torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="meta")
         if _is_tensor(each)
@@ -179,18 +203,33 @@ def _shapes_of(
     try:
         leaves, shape = tree_flatten(_call(op, metas, structure, "meta"))
     except (NotImplementedError, RuntimeError):
-        return None
+        return None, False
+    grew = False
     for own, meta in zip(flat, metas, strict=True):
-        if _is_ours(own) and own.shape != meta.shape:  # a result that was given, and grew
+        if _is_ours(own) and own.shape != meta.shape:
             _resize(own, meta.shape)
+            grew = True
+    told: list[tuple[str, Any]] = []
+    for each in leaves:
+        given = [rank for rank, meta in enumerate(metas) if meta is each]
+        if given:
+            told.append(("given", given[0]))
+        elif _is_tensor(each):
+            told.append(("fresh", (each.shape, each.stride(), each.dtype)))
+        else:
+            told.append(("told", each))
+    return (shape, told), grew
+
+
+def _made(outcome: Any, flat: list) -> tuple[Any, dict[int, torch.Tensor]] | None:
+    if outcome is None:
+        return None
     results, fresh = [], {}
-    for at, each in enumerate(leaves):
-        own = [mine for mine, meta in zip(flat, metas, strict=True) if meta is each]
-        if _is_tensor(each) and not own:
-            own = [_new(each.shape, each.stride(), each.dtype)]
-            fresh[at] = own[0]
-        results.append(own[0] if own else each)
-    return tree_unflatten(results, shape), fresh
+    for at, (kind, each) in enumerate(outcome[1]):
+        if kind == "fresh":
+            fresh[at] = each = _new(*each)
+        results.append(flat[each] if kind == "given" else each)
+    return tree_unflatten(results, outcome[0]), fresh
 
 
 def _call(op: torch._ops.OpOverload, flat: list, structure: Any, device: str) -> Any:

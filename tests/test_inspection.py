@@ -41,13 +41,13 @@ def plans_of(pipe, granularity: str) -> dict:
 
 
 def assert_plans_equal(modules: dict, pipe) -> None:
-    for granularity in GRANULARITIES:
-        inspection = inspect(modules, granularity)
+    inspections = {granularity: inspect(modules, granularity) for granularity in GRANULARITIES}
+    for granularity, inspection in inspections.items():
         expected = plans_of(pipe, granularity)
         assert {each.name: each for each in inspection.plan.components} == expected
         assert {each.name: each.plan for each in inspection.components} == expected
         for other in GRANULARITIES:
-            assert inspection.plans[other] == inspect(modules, other).plan
+            assert inspection.plans[other] == inspections[other].plan
 
 
 @pytest.mark.parametrize("name", [*DEMO, *ZOO])

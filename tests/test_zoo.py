@@ -23,10 +23,9 @@ def test_offloaded_equals_resident(name, device):
     assert not torch.equal(expected, run(pipe, name, device, seed=1)), (
         "an output that never changes proves nothing"
     )
-    pipe.to("cpu")
     for granularity in GRANULARITIES:
-        offloaded_equals(pipe, name, granularity, device, expected)
-    assert torch.equal(run(pipe.to(device), name, device), expected)
+        offloaded_equals(pipe.to("cpu"), name, granularity, device, expected)
+        assert torch.equal(run(pipe.to(device), name, device), expected), granularity
 
 
 def offloaded_equals(pipe, name: str, granularity: str, device: str, expected: torch.Tensor) -> None:

@@ -158,9 +158,8 @@ def _encode(slab: torch.Tensor, piece: Piece, out: torch.Tensor) -> None:
         chunk, part = elements[first:last].to(torch.int32), found[first:last]
         torch.index_select(places, 0, _exponents(chunk, made), out=part)
         _write_rest(chunk, made, streams.rest, first, out)
-        codes = part.clamp(max=COMMON).masked_fill_(
-            part == EXCEPTION, 0
-        )  # what it says of these is never used
+        # The codes of exceptions are never used: the shortest.
+        codes = part.clamp(max=COMMON).masked_fill_(part == EXCEPTION, 0)
         _write(out, streams.codes, codes, 2, first)
         counts.append(_per_block(part))
     # To select is to wait for the device, so it is done once for the piece, not for each chunk.

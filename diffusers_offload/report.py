@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .streams import Streams
 
 GIB = 2**30
+_UNTIMED = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -241,12 +242,12 @@ class Counters:
             self._copies[-1] = (self._copies[-1][0], end)
             self._ends[unit] = end
 
-    @contextmanager
-    def timed_unpacking(self, stream: Any) -> Iterator[None]:
+    def timed_unpacking(self, stream: Any) -> AbstractContextManager[None]:
         """What is queued on `stream` within unpacks."""
-        if not self.timing:
-            yield
-            return
+        return self._timed(stream) if self.timing else _UNTIMED
+
+    @contextmanager
+    def _timed(self, stream: Any) -> Iterator[None]:
         begin, end = (self.streams.event(timing=True) for _ in range(2))
         begin.record(stream)
         yield

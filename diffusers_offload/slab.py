@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 ALIGNMENT = 256  # what the allocators of torch give: kernels choose their path by alignment
+SMALL = 128 * 1024  # bytes; a device takes as long to begin a copy, or a kernel, as the bus for 300 KiB
 _SOURCE_ALIGNMENT = 16  # a region keeps its tensors' alignment up to one vector load
 
 
@@ -74,7 +75,8 @@ class Layout:
 def arrange(spans: Sequence[Span]) -> tuple[Region, ...]:
     """Merge the spans that overlap and lay the results out one behind the other, aligned.
 
-    Regions come in the order in which their first span was given, so a slab follows its module.
+    Small regions come first, so that they can be copied at once where the others are not copied but unpacked; among
+    each, the order is that in which their first span was given.
     """
     merged: list[list[int | Span]] = []  # [rank of the first span given, union so far]
     order = sorted(range(len(spans)), key=lambda i: (spans[i].storage, spans[i].start, spans[i].stop))
@@ -88,7 +90,7 @@ def arrange(spans: Sequence[Span]) -> tuple[Region, ...]:
         else:
             merged.append([rank, span])
     regions, offset = [], 0
-    for _, span in sorted(merged, key=lambda pair: pair[0]):
+    for _, span in sorted(merged, key=lambda pair: (pair[1].nbytes >= SMALL, pair[0])):
         regions.append(Region(span, offset))
         offset = align(offset + span.stop - span.start)
     return tuple(regions)

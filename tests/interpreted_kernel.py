@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from dataclasses import replace
 
 import torch
 from packed_units import DTYPES, SLOT, patterns, slab_of, weights
@@ -16,7 +17,7 @@ from packed_units import DTYPES, SLOT, patterns, slab_of, weights
 from diffusers_offload.packing import cutting, kernels, pack, trial
 from diffusers_offload.packing.decoder import decode
 from diffusers_offload.packing.formats import FORMATS
-from diffusers_offload.packing.kernels import launch
+from diffusers_offload.packing.kernels import given_of, launch
 from diffusers_offload.packing.piece import BLOCK, Piece
 
 PAGE = mmap.PAGESIZE
@@ -44,7 +45,8 @@ def launched(piece: Piece, packed: torch.Tensor, at_end: bool, shift: int = 0) -
     staged = fenced(piece.nbytes, at_end)
     staged.copy_(packed[piece.source : piece.source + piece.nbytes])
     out = fenced(piece.stop - piece.start + shift, at_end)[shift:]
-    launch(piece, staged, out)
+    alone = replace(piece, start=0, stop=piece.stop - piece.start)
+    launch(given_of(alone), staged, 0, out)
     return out
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -24,7 +24,6 @@ from .piece import BLOCK, Piece
 _WARPS = 4  # a pair of rows, 16 elements each, for each thread
 _REGISTERS = 40  # of a thread: what counts is how many blocks a processor has at a time
 _APART = ("xpu",)  # where a barrier need not order what is written to the device's memory
-_REMEMBERED = 8192  # pieces, a KiB each: a launch keeps the host as busy as the device
 
 
 @triton.jit
@@ -356,82 +355,109 @@ def _except(
     # fmt: on
 
 
-def launch(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:
-    """Queue the kernel that writes the elements of a coded piece.
-
-    Args:
-        staged: uint8, the piece's packed bytes.
-        out: uint8, as long as what the piece holds.
-    """
-    given = _given(piece)
-    nvidia = staged.device.type == "cuda" and torch.version.hip is None
-    words = piece.format == "bf16" and out.data_ptr() % 16 == 0
-    together = staged.device.type not in _APART
-    tensors, threads = (staged, out.view(given.integer)), 32 * _WARPS
-    with _on(staged.device):
-        _unpack[(given.blocks,)](
-            *(
-                *tensors,
-                *given.of_all,
-                *given.bits,
-                BLOCK,
-                threads,
-                piece.format == "bf16",
-                words,
-                nvidia,
-                together,
-            ),
-            num_warps=_WARPS,
-            **({"maxnreg": _REGISTERS} if nvidia else {}),
-        )
-        if not together and piece.exceptions:
-            _except[(given.blocks,)](
-                *tensors, *given.of_exceptions, *given.bits, BLOCK, threads, num_warps=_WARPS
-            )
-
-
 @dataclass(frozen=True)
-class _Given:
-    """What the kernels are given of a piece.
+class Given:
+    """What the kernels are given of a coded piece.
 
     Attributes:
-        integer: the dtype of the elements.
+        format: name of the elements' format.
+        start, stop: bytes of the slab.
+        blocks: programs to run.
         of_all, of_exceptions: numbers for the one kernel, and for that of the exceptions alone.
         bits: widths, for both.
     """
 
-    integer: torch.dtype
+    format: str
+    start: int
+    stop: int
     blocks: int
     of_all: tuple[int, ...]
     of_exceptions: tuple[int, ...]
     bits: tuple[int, ...]
 
 
-@lru_cache(_REMEMBERED)
-def _given(piece: Piece) -> _Given:
+def given_of(piece: Piece) -> Given:
+    """What the kernels are given of a coded piece."""
     made, streams = FORMATS[piece.format], piece.streams
     blocks = -(-piece.elements // BLOCK)
     table = tuple(map(_turned, piece.table)) if piece.format == "bf16" else piece.table
     tables = map(_word, (table[:COMMON], table[COMMON : COMMON + 4], table[COMMON + 4 :]))
     rest, widths = (*streams.rest, 0, 0)[:3], (*made.fields, 0, 0)[:3]
     counts, listed = (piece.elements, blocks), (streams.exceptions, streams.uppers)
-    return _Given(
-        made.integer,
+    of_all = (streams.nbytes, piece.rare, piece.exceptions, *tables, *rest, streams.codes, streams.rare)
+    return Given(
+        piece.format,
+        piece.start,
+        piece.stop,
         blocks,
-        (
-            *counts,
-            streams.nbytes,
-            piece.rare,
-            piece.exceptions,
-            *tables,
-            *rest,
-            streams.codes,
-            streams.rare,
-            *listed,
-        ),
+        (*counts, *of_all, *listed),
         (*counts, piece.exceptions, *rest, *listed),
         (made.exponent_bits, made.mantissa_bits, *widths),
     )
+
+
+def launch(given: Given, staged: torch.Tensor, at: int, destination: torch.Tensor) -> None:
+    """Queue the kernel that writes the elements of a coded piece.
+
+    Args:
+        staged: uint8, with the piece's packed bytes from byte `at` on, whose address is a multiple of 16.
+        destination: uint8, the slab.
+    """
+    device = staged.device
+    with _on(device):
+        if device.type == "cuda" and torch.version.hip is None:
+            target = destination.data_ptr() + given.start
+            kernel, constants = _compiled(given, staged, at, destination, target % 16 == 0)
+            kernel[(given.blocks, 1, 1)](staged.data_ptr() + at, target, *given.of_all, *constants)
+            return
+        tensors, aligned = _tensors(given, staged, at, destination)
+        together = device.type not in _APART
+        constants = _constants(given, aligned, False, together)
+        _unpack[(given.blocks,)](*tensors, *given.of_all, *constants, num_warps=_WARPS)
+        if not together and given.of_exceptions[2]:
+            constants = (*given.bits, BLOCK, 32 * _WARPS)
+            _except[(given.blocks,)](*tensors, *given.of_exceptions, *constants, num_warps=_WARPS)
+
+
+def _tensors(
+    given: Given, staged: torch.Tensor, at: int, destination: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor], bool]:
+    """The kernels' first two arguments, and whether the second begins at a multiple of 16."""
+    out = destination[given.start : given.stop].view(FORMATS[given.format].integer)
+    return (staged[at:], out), out.data_ptr() % 16 == 0
+
+
+def _constants(given: Given, aligned: bool, assembly: bool, together: bool) -> tuple[int | bool, ...]:
+    """The arguments that the kernel is compiled for."""
+    turned = given.format == "bf16"
+    return (*given.bits, BLOCK, 32 * _WARPS, turned, turned and aligned, assembly, together)
+
+
+_COMPILED: dict[tuple[int, str, bool], tuple[Any, tuple[int | bool, ...]]] = {}
+
+
+def _compiled(
+    given: Given, staged: torch.Tensor, at: int, destination: torch.Tensor, aligned: bool
+) -> tuple[Any, tuple[int | bool, ...]]:
+    """The kernel for such a piece on NVIDIA's devices, and its last arguments.
+
+    Triton looks at each argument of each launch to find what it has compiled, for some 20 us. Here that follows from
+    the format: streams begin at multiples of 128.
+    """
+    key = (staged.device.index, given.format, aligned)
+    if key not in _COMPILED:
+        tensors, _ = _tensors(given, staged, at, destination)
+        constants = _constants(given, aligned, True, True)
+        options = {"grid": (1,), "num_warps": _WARPS, "maxnreg": _REGISTERS}
+        kernel = _unpack.warmup(*tensors, *given.of_all, *constants, **options)
+        # Up to 3.2 what is compiled takes no constants any more.
+        _COMPILED[key] = kernel, constants if _takes_constants() else ()
+    return _COMPILED[key]
+
+
+def _takes_constants() -> bool:
+    major, minor = triton.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (3, 3)
 
 
 def _on(device: torch.device) -> AbstractContextManager[None]:

@@ -12,15 +12,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..slab import ALIGNMENT, Layout
+from ..slab import ALIGNMENT, SMALL, Layout
 from . import cutting
 from .cutting import Run
 from .formats import COMMON, EXCEPTION, FORMATS, Format, choose_table, symbols
 from .piece import BLOCK, LOWER_BITS, PLACE_BITS, RARE_BITS, UPPER_BITS, Piece, packed_nbytes
 
-SMALLEST = (
-    128 * 1024
-)  # bytes of a tensor worth coding: starting a kernel takes as long as the bus for 300 KiB
+SMALLEST = SMALL  # bytes of a tensor worth coding
 _SAMPLE = 16 * 1024  # exponents that choose a table
 _CHUNK = 1024 * BLOCK  # elements worked on at once: some 30 bytes of scratch for each
 _PRIME = 2_654_435_761  # steps through a tensor so that no stride of its own can hide from the sample

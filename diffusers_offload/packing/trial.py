@@ -6,7 +6,7 @@ import torch
 
 from ..slab import Layout, Placement, Region, Span
 from .formats import FORMATS
-from .kernels import launch
+from .kernels import given_of, launch
 from .packer import pack
 from .piece import BLOCK
 from .queued import decode_queued
@@ -42,5 +42,5 @@ def agrees(device: torch.device, name: str) -> bool:
     )
     ways = torch.zeros_like(slab), torch.zeros_like(slab)
     decode_queued(piece, packed.bytes, ways[0])
-    launch(piece, packed.bytes, ways[1])
+    launch(given_of(piece), packed.bytes, 0, ways[1])
     return torch.equal(slab, ways[0]) and torch.equal(slab, ways[1])

@@ -9,22 +9,23 @@ from functools import cache
 import torch
 
 from ..log import logger
+from .batch import Batch
 from .decoder import decode
-from .formats import FORMATS
 from .piece import Piece
 from .queued import decode_queued
 
 _KERNEL_DEVICES = ("cuda", "xpu")
 
 
-def unpack(pieces: Sequence[Piece], staged: torch.Tensor, destination: torch.Tensor) -> None:
+def unpack(pieces: Sequence[Piece] | Batch, staged: torch.Tensor, destination: torch.Tensor) -> None:
     """Write what `pieces` hold of a slab to `destination`, queued on the current stream.
 
     With the kernel there is no allocation and no wait for the device, but for the first piece of a format,
     which compiles and tries it: `prepare` does that ahead of time.
 
     Args:
-        pieces: that lie one behind the other, in the order of the slab.
+        pieces: that lie one behind the other, in the order of the slab. A `Batch` of them, if it is kept, spares the
+            host most of the work from the second time on.
         staged: uint8, contiguous: their packed bytes from the first one's first on, at an address that is a
             multiple of 16 (128 is faster).
         destination: uint8, contiguous, on the same device: the slab.
@@ -32,39 +33,18 @@ def unpack(pieces: Sequence[Piece], staged: torch.Tensor, destination: torch.Ten
     Raises:
         ValueError: the tensors are no such tensors, or the pieces do not fit them; nothing is queued then.
     """
-    if not pieces:
-        return
-    first = pieces[0].source
-    _check(pieces, first, staged, destination)
-    for piece in pieces:
-        at, out = piece.source - first, destination[piece.start : piece.stop]
+    batch = pieces if isinstance(pieces, Batch) else Batch(pieces)
+    batch.check(staged, destination)
+    for rank, (piece, at) in enumerate(zip(batch.pieces, batch.places, strict=True)):
         if piece.format is None:
+            out = destination[piece.start : piece.stop]
             out.copy_(staged[at : at + piece.nbytes], non_blocking=True)
         elif has_kernel(staged.device, piece.format):
             from .kernels import launch
 
-            launch(piece, staged[at:], out)
+            launch(batch.given[rank], staged, at, destination)
         else:
-            by_torch(piece, staged[at:], out)
-
-
-def _check(pieces: Sequence[Piece], first: int, staged: torch.Tensor, destination: torch.Tensor) -> None:
-    needed = max(piece.source + piece.nbytes for piece in pieces) - first
-    for tensor, nbytes in ((staged, needed), (destination, max(piece.stop for piece in pieces))):
-        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
-            raise ValueError("packed bytes and slabs are contiguous uint8 tensors with one dimension")
-        if tensor.numel() < nbytes:
-            raise ValueError(f"pieces need {nbytes} bytes where there are {tensor.numel()}")
-    if staged.device != destination.device:
-        raise ValueError(f"packed bytes are on {staged.device}, the slab on {destination.device}")
-    source, target = staged.data_ptr() - first, destination.data_ptr()
-    for piece in pieces:
-        if piece.source < first:
-            raise ValueError("pieces are in the order of their packed bytes")
-        if piece.format is None:
-            continue
-        if (source + piece.source) % 16 or (target + piece.start) % FORMATS[piece.format].itemsize:
-            raise ValueError("packed bytes or the slab are not aligned")
+            by_torch(piece, staged[at:], destination[piece.start : piece.stop])
 
 
 def by_torch(piece: Piece, staged: torch.Tensor, out: torch.Tensor) -> None:

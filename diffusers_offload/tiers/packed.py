@@ -256,10 +256,10 @@ class PackedTier:
                 self._pinned.load(packed, slot.memory[: packed.bytes.numel()])
                 slot.copied.record(streams.load)
             with _on(streams, streams.unpack, streams.load):
-                for slot, (_, pieces) in turns:
+                for slot, (_, batch) in turns:
                     streams.unpack.wait_event(slot.copied)
                     with self._counters.timed_unpacking(streams.unpack):
-                        unpack(pieces, slot.memory, destination)
+                        unpack(batch, slot.memory, destination)
                         slot.unpacked.record(streams.unpack)
         return streams.unpack
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from .. import slab
-from ..packing import Piece
+from ..packing import Batch, Piece
 from ..slab import Layout, Placement
 from .pinned import HostMemory
 
@@ -40,12 +40,12 @@ class PackedMemory(HostMemory):
         return found
 
     @cached_property
-    def copies(self) -> tuple[tuple[HostMemory, tuple[Piece, ...]], ...]:
+    def copies(self) -> tuple[tuple[HostMemory, Batch], ...]:
         """What is copied at once, and the pieces that lie there."""
         batches = [self.pieces[first:last] for first, last in self.batches]
         ends = [(pieces[0].source, pieces[-1].source + pieces[-1].nbytes) for pieces in batches]
         packed = [HostMemory(self.bytes[start:stop], self.pinned) for start, stop in ends]
-        return tuple(zip(packed, batches, strict=True))
+        return tuple(zip(packed, map(Batch, batches), strict=True))
 
     @cached_property
     def largest_batch(self) -> int:

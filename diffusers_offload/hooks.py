@@ -16,7 +16,7 @@ from torch import nn
 from . import guards, recovery
 from .component import Component, State, Unit
 from .engine import Engine
-from .inputs import elsewhere, shapes_of
+from .inputs import elsewhere, shapes_of, tensors_of_output
 from .pairing.pairs import Meeting, Pairs
 from .pairing.together import run_together
 
@@ -156,6 +156,7 @@ class ComponentHook(EngineHook):
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         self.engine.leave(self.component)
+        self.engine.streams.lend(tensors_of_output(output))
         return output
 
     def guarded(self, module: nn.Module, forward: Callable) -> Callable:

@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -102,6 +102,18 @@ class DeviceStreams:
         self._module.set_stream(stream)  # this makes the stream's device current, too
         if device_index != self.device.index:
             self._module.set_device(device_index)
+
+    def lend(self, tensors: Iterable[torch.Tensor]) -> None:
+        """From now on these are read on the current stream: their memory is not reused before it is done with them.
+
+        The allocator reuses memory in the order of the stream that it belongs to, here `compute`. A forward begins
+        behind what its own thread queued before, but not behind what another thread has queued since.
+        """
+        current = self.current()
+        if current != self.compute:
+            for tensor in tensors:
+                if tensor.device == self.device:
+                    tensor.record_stream(current)
 
     def wait_for(self, event: Any, what: str) -> None:
         """The host waits for `event`.
@@ -240,6 +252,8 @@ class InlineStreams:
 
     def event(self, timing: bool = False) -> InlineEvent:
         return InlineEvent()
+
+    def lend(self, tensors: Iterable[torch.Tensor]) -> None: ...
 
     def switch(self, stream: InlineStream, current: InlineStream | None = None) -> None: ...
 

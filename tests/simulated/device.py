@@ -132,7 +132,7 @@ class Simulator:
         self.host = Clock()
         self.checker: Checker | None = None
         self.schedule = Schedule()
-        self.memory = Memory(TOTAL, self.synchronize, self._gone)
+        self.memory = Memory(TOTAL, self.synchronize, self._gone, self._done)
         self.pinned: dict[int, Block] = {}  # by address
         self.refuses_to_pin: Callable[[int], bool] = lambda nbytes: False
         self.drops: Callable[[str, str], bool] | None = None  # (what, line of the package) -> not performed
@@ -188,6 +188,20 @@ class Simulator:
             self.synchronize()
         self.pinned.pop(block.address, None)
         self._gone(block.address)
+
+    def record(self, tensor: torch.Tensor, stream: Stream) -> None:
+        """`Tensor.record_stream`."""
+        block = self.memory.live.get(tensor.untyped_storage().data_ptr())  # None if it is empty
+        if block is not None and block.owner != stream.number:
+            block.users.add(stream)
+
+    def _done(self, block: Block) -> Callable[[], bool]:
+        """Whether the host knows that others have done what they have to do with the block by now.
+
+        It does not ask: what it learned by that would order more than is promised.
+        """
+        clocks = [stream.clock.copy() for stream in block.users]
+        return lambda: all(self.host.knows(clock) for clock in clocks)
 
     def _gone(self, address: int) -> None:
         if self.checker is not None:
@@ -331,6 +345,7 @@ def install() -> Simulator:
         from . import kernels
 
         register_backend("npu", backend_module=_Module("torch.npu"))
+        torch.Tensor.record_stream = lambda tensor, stream: THE.record(tensor, stream)
         THE.current = Stream()
         kernels.register()
     return THE

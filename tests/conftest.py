@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# On some processors (seen: AMD with AVX2) MKL's results depend on where in a line of the cache a weight begins, and in
+# a file that Diffusers has mapped that is anywhere.
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
 import diffusers  # noqa: F401
 import pytest

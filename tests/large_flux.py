@@ -68,7 +68,7 @@ def make(folder: str, gigabytes: float, heads: int = 12) -> None:
 
 def picture(pipe) -> str:
     pipe.set_progress_bar_config(disable=True)
-    kwargs = {**pipelines.call_kwargs("flux"), "num_inference_steps": 2}
+    kwargs = {**pipelines.call_kwargs("flux"), "num_inference_steps": 1}
     result = pipelines.output(pipe(**kwargs, generator=torch.Generator("cpu").manual_seed(0)))
     return hashlib.sha256(result.float().numpy().tobytes()).hexdigest()
 

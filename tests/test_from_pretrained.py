@@ -77,8 +77,16 @@ def quiet(pipe):
     return pipe
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["flux", "wan22", "sdxl-controlnet"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("flux", torch.float32),
+        ("flux", torch.float16),
+        ("flux", torch.bfloat16),
+        ("wan22", torch.bfloat16),
+        ("sdxl-controlnet", torch.float16),
+    ],
+)
 def test_is_what_diffusers_loads(name, dtype, tmp_path):
     folder, cls = saved(name, tmp_path / "source", max_shard_size="300KB")
     right = quiet(cls.from_pretrained(folder, torch_dtype=dtype))

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
 
 import torch
 
-_DEPTH = 4  # of an output: a distribution in a dataclass in a tuple
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
+_WITHOUT_TENSORS = (
+    str,
+    bytes,
+    int,
+    float,
+    NoneType,
+    type,
+    ModuleType,
+    torch.nn.Module,
+    torch.dtype,
+    *_FUNCTIONS,
+)
 
 
 def elsewhere(value: Any, device: torch.device) -> bool:
@@ -26,16 +40,23 @@ def shapes_of(args: tuple, kwargs: dict) -> tuple:
     return tuple(t.shape for t in tensors if isinstance(t, torch.Tensor))
 
 
-def tensors_of_output(value: Any, depth: int = _DEPTH) -> Iterator[torch.Tensor]:
+def tensors_of_output(value: Any) -> Iterator[torch.Tensor]:
     """The tensors that a forward returned: in containers, and as attributes of whatever else it is."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif depth and not isinstance(value, (str, bytes, int, float, type(None), torch.nn.Module)):
-        if isinstance(value, Mapping):
-            items = value.values()
-        elif isinstance(value, (list, tuple)):
-            items = value
-        else:
-            items = getattr(value, "__dict__", {}).values()
-        for item in items:
-            yield from tensors_of_output(item, depth - 1)
+    seen: set[int] = set()
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif id(each) not in seen and not isinstance(each, _WITHOUT_TENSORS):
+            seen.add(id(each))
+            left.extend(_parts(each))
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return value
+    slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
+    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]

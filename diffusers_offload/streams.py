@@ -10,11 +10,12 @@ import functools
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .log import logger
 from .quoting import quoted
@@ -112,8 +113,9 @@ class DeviceStreams:
         current = self.current()
         if current != self.compute:
             for tensor in tensors:
-                if tensor.device == self.device:
-                    tensor.record_stream(current)
+                for plain in _plain(tensor):
+                    if plain.device == self.device:
+                        plain.record_stream(current)
 
     def wait_for(self, event: Any, what: str) -> None:
         """The host waits for `event`.
@@ -235,6 +237,17 @@ class InlineStream:
     def wait_event(self, event: Any) -> None: ...
 
     def wait_stream(self, stream: Any) -> None: ...
+
+
+def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that hold the memory of `tensor`: itself, unless it wraps others or is sparse."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name))
+    elif tensor.layout is torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout is torch.strided:
+        yield tensor
 
 
 class InlineStreams:

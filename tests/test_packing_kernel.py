@@ -67,6 +67,18 @@ def test_the_kernel_is_used_and_takes_no_memory(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(DTYPES))
+def test_the_kernel_writes_to_any_address_of_an_element(name):
+    pytest.importorskip("triton")
+    slab, layout = slab_of([weights(100_001, DTYPES[name]).to("cuda")], "cuda")
+    packed = pack(slab, layout, SLOT, smallest=0)
+    shift = DTYPES[name].itemsize
+    destination = torch.zeros(len(slab) + shift, dtype=torch.uint8, device="cuda")[shift:]
+    unpack(packed.pieces, packed.bytes, destination)
+    assert same_regions(layout, slab, destination)
+
+
+@pytest.mark.gpu
 def test_packing_needs_little_memory_of_its_own():
     count = 64 * 2**20
     slab = (torch.randn(count, device="cuda") * 0.02).bfloat16().view(torch.uint8)

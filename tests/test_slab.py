@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_offload import slab
+from diffusers_offload.packing import pack
 from diffusers_offload.streams import open_streams
 from diffusers_offload.tiers.pinned import PinnedTier
 from diffusers_offload.weights import Weights
@@ -142,3 +143,19 @@ def test_what_cannot_be_laid_out_is_named():
     assert "sparse" in slab.why_not(torch.eye(2).to_sparse())
     assert "conj" in slab.why_not(torch.ones(2, dtype=torch.complex64).conj())
     assert slab.why_not(torch.ones(2)) is None
+
+
+def test_small_tensors_lie_side_by_side_before_the_others():
+    sizes = [40_000, 10, 70_000, 300, 33_000, 20]  # of float32
+    layout = slab.lay_out([torch.randn(size) for size in sizes])
+    offsets = [place.offset for place in layout.placements]
+    assert sorted(range(6), key=offsets.__getitem__) == [1, 3, 5, 0, 2, 4]
+    assert [region.nbytes < slab.SMALL for region in layout.regions] == [True] * 3 + [False] * 3
+
+
+def test_a_unit_with_many_small_tensors_has_one_piece_that_is_not_coded():
+    tensors = [torch.randn(n).bfloat16() * 0.02 for n in (90_000, 64, 100_000, 3000, 64, 80_000)]
+    layout = slab.lay_out(tensors)
+    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    slab.gather(layout, tensors, buffer)
+    assert [piece.format for piece in pack(buffer, layout, 2**20).pieces] == [None, "bf16", "bf16", "bf16"]

@@ -9,6 +9,7 @@ it is used, for the block or for the element: whatever the bytes are, nothing is
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -451,12 +452,15 @@ def _compiled(
         options = {"grid": (1,), "num_warps": _WARPS, "maxnreg": _REGISTERS}
         kernel = _unpack.warmup(*tensors, *given.of_all, *constants, **options)
         # Up to 3.2 what is compiled takes no constants any more.
-        _COMPILED[key] = kernel, constants if _takes_constants() else ()
+        made = kernel, constants if _takes_constants() else ()
+        return _COMPILED.setdefault(
+            key, made
+        )  # another thread's, if it was first: one that goes unloads its code
     return _COMPILED[key]
 
 
 def _takes_constants() -> bool:
-    major, minor = triton.__version__.split(".")[:2]
+    major, minor = re.findall(r"\d+", triton.__version__)[:2]  # of "3.3.0rc1", too
     return (int(major), int(minor)) >= (3, 3)
 
 

@@ -190,7 +190,9 @@ class Simulator:
         self._gone(block.address)
 
     def record(self, tensor: torch.Tensor, stream: Stream) -> None:
-        """`Tensor.record_stream`."""
+        """`Tensor.record_stream`, which as on any accelerator is for its own tensors alone."""
+        if tensor.device.type != "npu":
+            raise RuntimeError(f"record_stream of a tensor on {tensor.device}")
         block = self.memory.live.get(tensor.untyped_storage().data_ptr())  # None if it is empty
         if block is not None and block.owner != stream.number:
             block.users.add(stream)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="coun
 
 # Where a fault is tried at every pass, or at many; elsewhere at some. The first and the last are always among them.
 EVERYWHERE = ("device memory", "host memory", "a copy to the device", "moving in", "moving out")
-AT_MOST_THERE, AT_MOST = 20, 4
+AT_MOST_THERE, AT_MOST = 12, 4
 OTHERS = (("flux", "phase"), ("flux", "leaf"), ("wan22", "block"), ("sdxl-controlnet", "block"))
 
 

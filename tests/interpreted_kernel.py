@@ -14,10 +14,10 @@ from dataclasses import replace
 import torch
 from packed_units import DTYPES, SLOT, patterns, slab_of, weights
 
-from diffusers_offload.packing import cutting, kernels, pack, trial
+from diffusers_offload.packing import cutting, launching, pack, trial
 from diffusers_offload.packing.decoder import decode
 from diffusers_offload.packing.formats import FORMATS
-from diffusers_offload.packing.kernels import given_of, launch
+from diffusers_offload.packing.launching import given_of, launch
 from diffusers_offload.packing.piece import BLOCK, Piece
 
 PAGE = mmap.PAGESIZE
@@ -87,7 +87,7 @@ def check_corrupt(numbers: torch.Tensor) -> None:
 
 def check_exceptions_apart() -> None:
     """The way of devices whose barrier does not order memory: a kernel of its own."""
-    kernels._APART = ("cpu",)
+    launching._APART = ("cpu",)
     for name in FORMATS:
         assert trial.agrees(torch.device("cpu"), name)
     check_corrupt(weights(2 * BLOCK + 77, torch.bfloat16))

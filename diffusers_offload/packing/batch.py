@@ -12,7 +12,7 @@ from .formats import FORMATS
 from .piece import Piece
 
 if TYPE_CHECKING:
-    from .kernels import Given
+    from .launching import Given
 
 _VECTOR = 16  # bytes that the kernel reads at once
 
@@ -49,7 +49,7 @@ class Batch:
     @cached_property
     def given(self) -> tuple[Given | None, ...]:
         """What the kernel is given of each piece; None for those that are not coded. Only where there is Triton."""
-        from .kernels import given_of
+        from .launching import given_of
 
         return tuple(given_of(piece) if piece.format else None for piece in self.pieces)
 

@@ -6,7 +6,7 @@ import torch
 
 from ..slab import Layout, Placement, Region, Span
 from .formats import FORMATS
-from .kernels import given_of, launch
+from .launching import given_of, launch
 from .packer import pack
 from .piece import BLOCK
 from .queued import decode_queued

@@ -40,7 +40,7 @@ def unpack(pieces: Sequence[Piece] | Batch, staged: torch.Tensor, destination: t
             out = destination[piece.start : piece.stop]
             out.copy_(staged[at : at + piece.nbytes], non_blocking=True)
         elif has_kernel(staged.device, piece.format):
-            from .kernels import launch
+            from .launching import launch
 
             launch(batch.given[rank], staged, at, destination)
         else:

@@ -58,5 +58,6 @@ def _parts(value: Any) -> Iterable[Any]:
         return value.values()
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return value
-    slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
+    kinds = (vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+    slots = (name for each in kinds for name in ((each,) if isinstance(each, str) else each))
     return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]

@@ -41,10 +41,11 @@ class Batch:
             raise ValueError("pieces are in the order of their packed bytes")
         ends = (at + piece.nbytes for at, piece in zip(self.places, self.pieces, strict=True))
         self._needed = max(ends, default=0), max((piece.stop for piece in self.pieces), default=0)
+        # What of their addresses depends on them: all else is where the first byte of either lies.
         coded = [(at, piece) for at, piece in zip(self.places, self.pieces, strict=True) if piece.format]
-        self._misplaced = {at % _VECTOR for at, _ in coded}
+        self._sources = {at % _VECTOR for at, _ in coded}
         itemsizes = ((piece.start, FORMATS[piece.format].itemsize) for _, piece in coded)
-        self._aligned = {(start % itemsize, itemsize) for start, itemsize in itemsizes}
+        self._targets = {(start % itemsize, itemsize) for start, itemsize in itemsizes}
 
     @cached_property
     def given(self) -> tuple[Given | None, ...]:
@@ -63,7 +64,7 @@ class Batch:
         if staged.device != destination.device:
             raise ValueError(f"packed bytes are on {staged.device}, the slab on {destination.device}")
         source, target = staged.data_ptr(), destination.data_ptr()
-        if any((source + at) % _VECTOR for at in self._misplaced) or any(
-            (target + start) % itemsize for start, itemsize in self._aligned
+        if any((source + at) % _VECTOR for at in self._sources) or any(
+            (target + start) % itemsize for start, itemsize in self._targets
         ):
             raise ValueError("packed bytes or the slab are not aligned")

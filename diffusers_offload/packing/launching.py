@@ -118,9 +118,8 @@ def _compiled(
         kernel = unpack_blocks.warmup(*tensors, *given.of_all, *constants, **options)
         # Up to 3.2 what is compiled takes no constants any more.
         made = kernel, constants if _takes_constants() else ()
-        return _COMPILED.setdefault(
-            key, made
-        )  # another thread's, if it was first: one that goes unloads its code
+        # Another thread's, if it was first: a kernel that nobody holds unloads its code.
+        return _COMPILED.setdefault(key, made)
     return _COMPILED[key]
 
 

@@ -84,7 +84,7 @@ def test_results_of_any_kind_are_lent():
     """Memory of whatever a forward returned stays until its reader is done; what is on the host is none."""
 
     class Slotted:
-        __slots__ = ("tensor",)
+        __slots__ = "tensor"  # as a string, too
 
     streams = open_streams(torch.device("npu", 0))
     with torch.npu.stream(streams.compute):
